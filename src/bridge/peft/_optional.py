@@ -1,0 +1,42 @@
+"""Optional packages, imported in this one place and never required by the core."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from bridge.peft.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    HAVE_TE: bool
+
+    class TELinear(nn.Module):
+        """What the type checker knows of `transformer_engine.pytorch.Linear`."""
+
+        in_features: int
+        out_features: int
+        weight: nn.Parameter
+        bias: torch.Tensor
+        use_bias: bool
+        return_bias: bool
+
+        def __init__(self, in_features: int, out_features: int, **kwargs: Any) -> None: ...
+
+else:
+    try:
+        from transformer_engine.pytorch import Linear as TELinear
+
+        HAVE_TE = True
+    except (ImportError, OSError):  # OSError: a CUDA library that the machine lacks
+        HAVE_TE = False
+
+        class TELinear(nn.Module):
+            """Stands where `transformer_engine.pytorch.Linear` would; cannot be constructed."""
+
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                raise MissingExtraError(
+                    "transformer_engine is not installed; pip install 'bridge-peft[te]' "
+                    "(needs a CUDA build of torch)"
+                )

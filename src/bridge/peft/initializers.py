@@ -1,0 +1,74 @@
+"""How A and B start: by name, and reproducibly from (seed, FQN).
+
+A follows Glorot & Bengio (2010, `"xavier"`) or He et al. (2015, `"uniform"`, the default of
+`torch.nn.Linear`); B is zero (Hu et al., 2021), so a fresh adapter changes nothing.
+
+The full matrix is always drawn on the CPU in float32 and then cast, moved and, for a DTensor,
+cut. So the numbers do not depend on the device, the dtype or how the parameter is sharded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def _xavier(weight: Tensor, generator: torch.Generator | None) -> None:
+    nn.init.xavier_uniform_(weight, generator=generator)
+
+
+def _uniform(weight: Tensor, generator: torch.Generator | None) -> None:
+    nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
+
+
+def _zeros(weight: Tensor, generator: torch.Generator | None) -> None:
+    weight.zero_()
+
+
+A_INITIALIZERS: dict[str, Callable[[Tensor, torch.Generator | None], None]] = {
+    "xavier": _xavier,
+    "uniform": _uniform,
+}
+_INITIALIZERS = {**A_INITIALIZERS, "zeros": _zeros}
+
+
+def derive_seed(seed: int, fqn: str) -> int:
+    """Mix a run's seed with a module's name into a 63-bit seed, independent of all other modules.
+
+    Args:
+        seed: The run's seed.
+        fqn: The fully qualified name of the adapted module.
+
+    Returns:
+        An integer in [0, 2**63).
+    """
+    digest = hashlib.sha256(f"{seed}:{fqn}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+@torch.no_grad()
+def initialize(weight: Tensor, method: str, seed: int | None = None) -> None:
+    """Fill `weight` in place.
+
+    Args:
+        weight: Any floating tensor of two dimensions; a DTensor gets its shard of the full draw.
+            A `meta` tensor is left alone.
+        method: `"xavier"`, `"uniform"` or `"zeros"`.
+        seed: Seed of the draw, or None for torch's default CPU generator. A DTensor without a seed
+            relies on every rank drawing the same numbers, so seed the ranks alike.
+    """
+    if weight.device.type == "meta":
+        return
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    # Asked for by device: a `with torch.device("meta")` of the caller must not catch the draw.
+    full = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
+    _INITIALIZERS[method](full, generator)
+    full = full.to(weight.device, weight.dtype)
+    if isinstance(weight, DTensor):
+        full = distribute_tensor(full, weight.device_mesh, weight.placements, src_data_rank=None)
+    weight.copy_(full)

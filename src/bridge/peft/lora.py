@@ -1,0 +1,278 @@
+"""The LoRA recipe: match, plan, patch in place; and the adapter's own state dict."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bridge.peft.branch import (
+    BranchOptions,
+    DropoutPosition,
+    InitMethod,
+    check_alpha,
+    check_dim,
+)
+from bridge.peft.encoder_fast_path import keep_encoders_off_fast_path
+from bridge.peft.errors import AdapterError, TargetError
+from bridge.peft.initializers import derive_seed
+from bridge.peft.lora_layers import adapted_class, patch_with_options
+from bridge.peft.lora_mixin import LoRAMixin
+from bridge.peft.module_matcher import (
+    ALL_LINEAR,
+    Candidate,
+    adapted_modules,
+    match_targets,
+    unwrap,
+)
+from bridge.peft.ops import choose_path
+from bridge.peft.plan import Plan, PlanRow
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """A LoRA recipe (Hu et al., 2021, arXiv:2106.09685): `model = LoRA(dim=16)(model)`.
+
+    Attributes:
+        target_modules: Names (`"q_proj"`), wildcards (`"*.layers.0.*.q_proj"`), regexes
+            (`"re:.*_proj"`), or `"all-linear"`: every linear but the output head.
+        exclude_modules: Entries of the same kinds, to leave alone.
+        dim: Rank of the update.
+        alpha: Scaling numerator; `scale = alpha / dim`.
+        dropout: Probability in [0, 1) that an element of the branch is dropped in training.
+        dropout_position: `"pre"` (on the branch's input) or `"post"` (on its output).
+        lora_A_init_method: `"xavier"` or `"uniform"`.
+        lora_dtype: Dtype of A and B; None takes that of each base weight.
+        rank_pattern: Ranks for some modules, by entry; the first that matches counts.
+        alpha_pattern: Alphas for some modules, likewise.
+        use_rslora: `scale = alpha / sqrt(dim)`.
+        seed: A depends on (seed, FQN) alone; None draws the seed from torch's default generator.
+
+    Raises:
+        ValueError: A value is out of its range; raised once, at construction.
+    """
+
+    target_modules: str | Sequence[str] = field(
+        default=ALL_LINEAR,
+        metadata={"help": 'modules to adapt: names, wildcards, re:regexes, or "all-linear"'},
+    )
+    exclude_modules: Sequence[str] = field(
+        default=(), metadata={"help": "modules to leave alone, in the same syntax"}
+    )
+    dim: int = field(default=32, metadata={"help": "rank of the update"})
+    alpha: float = field(default=32, metadata={"help": "scaling numerator; scale = alpha / dim"})
+    dropout: float = field(
+        default=0.0,
+        metadata={"help": "probability that an element of the branch is dropped, in [0, 1)"},
+    )
+    dropout_position: DropoutPosition = field(
+        default="pre", metadata={"help": "drop the branch's input (pre) or output"}
+    )
+    lora_A_init_method: InitMethod = field(
+        default="xavier", metadata={"help": "how A starts: xavier or uniform"}
+    )
+    lora_dtype: torch.dtype | None = field(
+        default=None, metadata={"help": "dtype of A and B; default: the base weight's"}
+    )
+    rank_pattern: Mapping[str, int] = field(
+        default_factory=dict, metadata={"help": "ranks of some modules, as entry=rank"}
+    )
+    alpha_pattern: Mapping[str, float] = field(
+        default_factory=dict, metadata={"help": "alphas of some modules, as entry=alpha"}
+    )
+    use_rslora: bool = field(
+        default=False, metadata={"help": "rank-stabilised scaling, alpha / sqrt(dim)"}
+    )
+    seed: int | None = field(
+        default=None, metadata={"help": "seed of the initial A; default: from torch's generator"}
+    )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target_modules", _entries(self, "target_modules"))
+        object.__setattr__(self, "exclude_modules", _entries(self, "exclude_modules"))
+        if not self.target_modules:
+            raise AdapterError(f"target_modules is empty; pass names or {ALL_LINEAR!r}")
+        for key, dim in self.rank_pattern.items():
+            check_dim(dim, f"rank_pattern[{key!r}]")
+        for key, alpha in self.alpha_pattern.items():
+            check_alpha(alpha, f"alpha_pattern[{key!r}]")
+        for key in (*self.rank_pattern, *self.alpha_pattern):
+            _check_entry("a pattern", key)
+        if self.seed is not None and (not isinstance(self.seed, int) or self.seed < 0):
+            raise AdapterError(f"seed must be an integer >= 0 or None, got {self.seed!r}")
+        self.options_for(Candidate("", nn.Identity(), ("",)))
+
+    def options_for(self, candidate: Candidate) -> BranchOptions:
+        """The branch options of one module, its rank and alpha patterns applied.
+
+        Args:
+            candidate: The module under all its names.
+        """
+        dim = _first_match(self.rank_pattern, candidate, self.dim)
+        alpha = _first_match(self.alpha_pattern, candidate, self.alpha)
+        return BranchOptions(
+            dim=dim,
+            alpha=alpha,
+            dropout=self.dropout,
+            dropout_position=self.dropout_position,
+            lora_A_init_method=self.lora_A_init_method,
+            lora_dtype=self.lora_dtype,
+            use_rslora=self.use_rslora,
+        )
+
+    def plan(self, model: nn.Module) -> Plan:
+        """Say what would be adapted and what it costs; touches nothing, works on `meta`.
+
+        Args:
+            model: The base model.
+
+        Raises:
+            TargetError: A target, exclusion or pattern matches nothing that can be adapted.
+            AlreadyAdaptedError: The model carries adapters already.
+            ValueError: A quantised base needs `lora_dtype`.
+        """
+        chosen, skipped = self._match(unwrap(model))
+        return Plan(
+            rows=tuple(self._row(candidate) for candidate in chosen),
+            not_adapted=tuple(skipped),
+            base_parameters=_count_parameters(unwrap(model)),
+        )
+
+    def __call__(self, model: nn.Module) -> nn.Module:
+        """Freeze the model and adapt its targets, in place; every check comes before.
+
+        Args:
+            model: The base model, on any device, `meta` included.
+
+        Returns:
+            The same model.
+
+        Raises:
+            TargetError: A target, exclusion or pattern matches nothing that can be adapted.
+            AlreadyAdaptedError: The model carries adapters already.
+            ValueError: A quantised base needs `lora_dtype`.
+        """
+        root = unwrap(model)
+        chosen, _ = self._match(root)
+        planned = [(c, self.options_for(c)) for c in chosen]
+        for candidate, options in planned:
+            options.resolve_dtype(_weight(candidate).dtype)
+        seed = int(torch.randint(2**62, (), device="cpu")) if self.seed is None else self.seed
+        root.requires_grad_(False)
+        for candidate, options in planned:
+            patch_with_options(candidate.module, options, derive_seed(seed, candidate.fqn))
+        _let_inputs_require_grad(root)
+        keep_encoders_off_fast_path(root)
+        return model
+
+    def _match(self, model: nn.Module) -> tuple[list[Candidate], list[Any]]:
+        chosen, skipped = match_targets(model, self.target_modules, self.exclude_modules)
+        for name, pattern in (("rank", self.rank_pattern), ("alpha", self.alpha_pattern)):
+            for entry in pattern:
+                if not any(candidate.matches(entry) for candidate in chosen):
+                    raise TargetError(
+                        f"{name}_pattern entry {entry!r} matches none of the {len(chosen)} modules "
+                        f"to adapt (first: {chosen[0].fqn})"
+                    )
+        return chosen, skipped
+
+    def _row(self, candidate: Candidate) -> PlanRow:
+        options = self.options_for(candidate)
+        module, weight = candidate.module, _weight(candidate)
+        adapted = adapted_class(type(module))
+        assert issubclass(adapted, LoRAMixin)
+        path = choose_path(weight, plain_linear=adapted.plain_forward, dropout=self.dropout)
+        return PlanRow(
+            fqn=candidate.fqn,
+            base_type=type(module).__name__,
+            in_features=module.in_features,  # pyright: ignore[reportArgumentType]
+            out_features=module.out_features,  # pyright: ignore[reportArgumentType]
+            dim=options.dim,
+            alpha=options.alpha,
+            scale=options.scale,
+            dtype=options.resolve_dtype(weight.dtype),
+            path=path.name,
+            reason=path.reason,
+        )
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter's tensors under their fully qualified names, and nothing else.
+
+    Args:
+        model: An adapted model, possibly inside `DistributedDataParallel` or compiled.
+
+    Returns:
+        `{"….q_proj.lora_a.weight": (dim, in_features), "….lora_b.weight": (out_features, dim), …}`,
+        detached, sharing storage with the model; empty if nothing is adapted.
+    """
+    return {
+        f"{fqn}.{name}".lstrip("."): parameter.detach()
+        for fqn, module in adapted_modules(model)
+        for name, parameter in module.adapter_parameters().items()
+    }
+
+
+def _entries(recipe: LoRA, name: str) -> str | tuple[str, ...]:
+    value: Any = getattr(recipe, name)
+    if value == ALL_LINEAR and name == "target_modules":
+        return value
+    entries = (value,) if isinstance(value, str) else tuple(value)
+    for entry in entries:
+        _check_entry(name, entry)
+    return entries
+
+
+def _check_entry(where: str, entry: Any) -> None:
+    if not isinstance(entry, str) or not entry:
+        raise AdapterError(f"{where} takes names, wildcards or re:regexes, got {entry!r}")
+    if entry.startswith("re:"):
+        try:
+            re.compile(entry[3:])
+        except re.error as error:
+            raise AdapterError(f"{where} entry {entry!r} is no valid regex: {error}") from error
+
+
+def _first_match(pattern: Mapping[str, Any], candidate: Candidate, default: Any) -> Any:
+    return next((value for key, value in pattern.items() if candidate.matches(key)), default)
+
+
+def _weight(candidate: Candidate) -> Tensor:
+    return candidate.module.weight  # pyright: ignore[reportReturnType]
+
+
+def _count_parameters(model: nn.Module) -> int:
+    """Parameters of a model; a packed 4-bit weight counts as the matrix that it stands for."""
+    packed = {
+        id(m.weight): m.in_features * m.out_features
+        for m in model.modules()
+        if isinstance(m, nn.Linear) and not m.weight.is_floating_point()
+    }
+    return sum(packed.get(id(p), p.numel()) for p in model.parameters())
+
+
+def _let_inputs_require_grad(model: nn.Module) -> None:
+    """Let the embedding's output require grad in training, as reentrant checkpointing needs."""
+    ask = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = None if ask is None else ask()
+    except NotImplementedError:
+        embedding = None
+    found = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    for module in found if embedding is None else [embedding]:
+        if _require_grad not in module._forward_hooks.values():
+            module.register_forward_hook(_require_grad)
+
+
+def _require_grad(module: nn.Module, args: Any, output: Any) -> Any:
+    # Compiled graphs need no such help, and could not be traced through it.
+    if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
+        return None
+    if not isinstance(output, Tensor) or output.requires_grad or not output.is_floating_point():
+        return None
+    # A copy, because the model may write into what was a leaf.
+    return output.detach().requires_grad_().clone()

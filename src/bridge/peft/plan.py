@@ -1,0 +1,200 @@
+"""What a recipe would adapt and what it costs, before anything is touched."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bridge.peft.module_matcher import Skipped
+from bridge.peft.text_table import table
+
+_SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRow:
+    """One module to adapt.
+
+    Attributes:
+        fqn: Fully qualified name.
+        base_type: Class of the base.
+        in_features: Size of the input.
+        out_features: Size of the output.
+        dim: Rank of the update.
+        alpha: Scaling numerator.
+        scale: Factor of the branch.
+        dtype: Dtype of A and B.
+        trainable: Parameters of A and B together.
+        flops_per_token: Floating point operations the branch adds to one token's forward.
+        path: Which path computes the layer.
+        reason: Why that path.
+    """
+
+    fqn: str
+    base_type: str
+    in_features: int
+    out_features: int
+    dim: int
+    alpha: float
+    scale: float
+    dtype: torch.dtype
+    path: str
+    reason: str
+
+    @property
+    def trainable(self) -> int:
+        """`dim · (in_features + out_features)`."""
+        return self.dim * (self.in_features + self.out_features)
+
+    @property
+    def flops_per_token(self) -> int:
+        """`2 · dim · (in_features + out_features)`, a multiplication and an addition each."""
+        return 2 * self.trainable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What would be adapted, what not, and the totals; `print(plan)` is a table.
+
+    Attributes:
+        rows: One per module to adapt, in the model's order.
+        not_adapted: Linears, and what looks like one, that stay as they are, with the reason.
+        base_parameters: Parameters of the model before.
+    """
+
+    rows: tuple[PlanRow, ...]
+    not_adapted: tuple[Skipped, ...]
+    base_parameters: int
+
+    @property
+    def trainable(self) -> int:
+        """Trainable parameters."""
+        return sum(row.trainable for row in self.rows)
+
+    @property
+    def share(self) -> float:
+        """Trainable parameters over all parameters, the adapters included."""
+        return self.trainable / (self.base_parameters + self.trainable)
+
+    @property
+    def adapter_file_bytes(self) -> int:
+        """Size of `adapter_model.safetensors` in bytes: its header and the tensors."""
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for row in self.rows:
+            shapes = {"A": [row.dim, row.in_features], "B": [row.out_features, row.dim]}
+            for letter, shape in shapes.items():
+                end = offset + shape[0] * shape[1] * row.dtype.itemsize
+                header[f"base_model.model.{row.fqn}.lora_{letter}.weight"] = {
+                    "dtype": _SAFETENSORS_DTYPES[row.dtype],
+                    "shape": shape,
+                    "data_offsets": [offset, end],
+                }
+                offset = end
+        header_bytes = len(json.dumps(header, separators=(",", ":")))
+        return 8 + -(-header_bytes // 8) * 8 + offset
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """AdamW's two moments, in bytes, in the dtype of A and B."""
+        return sum(2 * row.trainable * row.dtype.itemsize for row in self.rows)
+
+    @property
+    def flops_per_token(self) -> int:
+        """Floating point operations that all branches add to one token's forward."""
+        return sum(row.flops_per_token for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Rows, modules not adapted and totals, ready for JSON."""
+        rows = []
+        for row in self.rows:
+            record = dataclasses.asdict(row) | {
+                "dtype": str(row.dtype).removeprefix("torch."),
+                "trainable": row.trainable,
+                "flops_per_token": row.flops_per_token,
+            }
+            rows.append(record)
+        totals = {
+            "modules": len(self.rows),
+            "trainable": self.trainable,
+            "base_parameters": self.base_parameters,
+            "share": self.share,
+            "adapter_file_bytes": self.adapter_file_bytes,
+            "optimizer_bytes": self.optimizer_bytes,
+            "flops_per_token": self.flops_per_token,
+        }
+        skipped = [dataclasses.asdict(item) for item in self.not_adapted]
+        return {"rows": rows, "not_adapted": skipped, "totals": totals}
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        yield from table(
+            ("module", "type", "shape (out×in)", "rank", "scale", "trainable", "path"),
+            _grouped(self.rows),
+        )
+        yield ""
+        yield (
+            f"{len(self.rows)} modules, {self.trainable:,} trainable parameters "
+            f"({self.share:.3%} of the model)"
+        )
+        yield (
+            f"adapter file {_size(self.adapter_file_bytes)}, AdamW state "
+            f"{_size(self.optimizer_bytes)}, +{self.flops_per_token:,} FLOPs per token (forward)"
+        )
+        if self.not_adapted:
+            yield ""
+            yield "not adapted:"
+            for (name, kind, reason), count in _count(
+                (_starred(item.fqn), item.base_type, item.reason) for item in self.not_adapted
+            ).items():
+                yield f"  {name}{_times(count)} ({kind}): {reason}"
+
+
+def _starred(fqn: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", fqn)
+
+
+def _times(count: int) -> str:
+    return f" ×{count}" if count > 1 else ""
+
+
+def _count(keys: Iterator[tuple[str, ...]]) -> dict[tuple[str, ...], int]:
+    counts: dict[tuple[str, ...], int] = {}
+    for key in keys:
+        counts[key] = counts.get(key, 0) + 1
+    return counts
+
+
+def _grouped(rows: tuple[PlanRow, ...]) -> Iterator[tuple[str, ...]]:
+    """One line for the same module in all layers: `model.layers.*.mlp.up_proj ×32`."""
+    groups: dict[tuple[Any, ...], list[PlanRow]] = {}
+    for row in rows:
+        shape = f"{row.out_features}×{row.in_features}"
+        key = (_starred(row.fqn), row.base_type, shape, row.dim, f"{row.scale:g}", row.path)
+        groups.setdefault(key, []).append(row)
+    for (name, base_type, shape, dim, scale, path), members in groups.items():
+        name = members[0].fqn if len(members) == 1 else f"{name}{_times(len(members))}"
+        trainable = f"{sum(row.trainable for row in members):,}"
+        yield name, base_type, shape, str(dim), scale, trainable, path
+
+
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"

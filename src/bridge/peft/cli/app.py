@@ -1,0 +1,113 @@
+"""The table of commands, and the one place where a user's error becomes one line and an exit code.
+
+A command lives in its own module and is imported only when it is asked for, so `bridge-peft --help`
+does not pay for torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+
+from bridge.peft import __version__
+from bridge.peft.errors import AdapterError, MissingExtraError, UnsupportedLinearError
+
+COMMANDS = {
+    "finetune": "Train an adapter on your data, or run the embedded demo.",
+    "plan": "Show what would be adapted and what it costs; loads no weights.",
+    "inspect": "Show what an adapter holds: rank, targets, size of each update.",
+}
+
+# click's UsageError, wherever this version of typer keeps click
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command and return its exit code; see `bridge.peft.cli.main`."""
+    command = typer.main.get_command(_build_app(_requested(arguments)))
+    try:
+        return int(command(arguments, prog_name="bridge-peft", standalone_mode=False) or 0)
+    except _UsageError as error:
+        return _fail(f"{_sentence(error.format_message())} See: {_help_of(error)}")  # pyright: ignore
+    except (AdapterError, UnsupportedLinearError, MissingExtraError) as error:
+        return _fail(str(error))
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            return _fail(
+                f"no space left on the disk{_of(error)}; free some or pass another --output"
+            )
+        if isinstance(error, PermissionError):
+            return _fail(f"permission denied{_of(error)}; pass a directory you may write to")
+        raise
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted before there was anything to keep", code=130)
+
+
+def _build_app(requested: str | None) -> typer.Typer:
+    """Build the app; only the requested command is imported, the others are names and a line."""
+    app = typer.Typer(
+        name="bridge-peft",
+        help="Low-rank adapters on any linear, in place.",
+        epilog="Start with: bridge-peft finetune   (trains the embedded demo in under a minute)",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    for name, summary in COMMANDS.items():
+        command = _load(name) if name == requested else _not_loaded
+        app.command(name, short_help=summary)(command)
+    return app
+
+
+def _load(name: str) -> Callable[..., Any]:
+    return import_module(f"bridge.peft.cli.{name}").command
+
+
+def _not_loaded() -> None:
+    raise AssertionError("a command that was not asked for ran")
+
+
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", callback=_print_version),
+    ] = False,
+) -> None:
+    """Low-rank adapters on any linear, in place."""
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"bridge-peft {__version__}")
+        raise typer.Exit
+
+
+def _requested(arguments: list[str]) -> str | None:
+    return next((word for word in arguments if word in COMMANDS), None)
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "?", ")")) else f"{text}."
+
+
+def _help_of(error: Exception) -> str:
+    context = getattr(error, "ctx", None)
+    return f"{context.command_path if context else 'bridge-peft'} --help"
+
+
+def _of(error: OSError) -> str:
+    return f": {error.filename}" if error.filename else ""
+
+
+def _fail(message: str, code: int = 2) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code

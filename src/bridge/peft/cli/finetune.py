@@ -1,0 +1,146 @@
+"""`bridge-peft finetune`: train an adapter with TRL's SFTTrainer; without arguments, the demo."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from bridge.peft import LoRA
+from bridge.peft.cli.flags import takes_fields_of
+from bridge.peft.cli.training.options import TrainingOptions
+from bridge.peft.cli.training.record import (
+    RunSpec,
+    checkpoints,
+    continue_spec,
+    existing_run,
+    is_finished,
+)
+from bridge.peft.demo import DEMO_LORA, DEMO_TRAINING, base_model_dir
+from bridge.peft.errors import AdapterError
+
+_DEMO_OUTPUT = Path("runs/demo")
+
+
+def _option(help: str, *names: str) -> Any:
+    return typer.Option(*names, help=help, show_default=False)
+
+
+@takes_fields_of(lora=LoRA, options=TrainingOptions, skip={"lora": ["seed"]})
+def command(
+    model: Annotated[str | None, _option("Base model: a directory or a Hub id.")] = None,
+    data: Annotated[str | None, _option("JSONL of text, prompt/completion or messages.")] = None,
+    eval_data: Annotated[str | None, _option("JSONL to evaluate on.")] = None,
+    output: Annotated[Path | None, _option("Directory for everything the run leaves.")] = None,
+    resume: Annotated[bool, _option("Continue the run in --output.", "--resume")] = False,
+    overwrite: Annotated[bool, _option("Replace the run in --output.", "--overwrite")] = False,
+    dry_run: Annotated[
+        bool, _option("Check everything and print the plan; train nothing.", "--dry-run")
+    ] = False,
+    *,
+    lora: dict[str, Any],
+    options: dict[str, Any],
+) -> int:
+    """Train a LoRA adapter on your data; with no --model and no --data, run the embedded demo.
+
+    Example: bridge-peft finetune --model ./llama --data train.jsonl --output runs/first --dim 16
+    """
+    demo = model is None and data is None
+    output = output or (_DEMO_OUTPUT if demo else None)
+    if output is None:
+        raise AdapterError("no place for the results; pass a directory with --output")
+    files = {"model": model, "data": data, "eval_data": eval_data}
+    asked = {name: _absolute(value) for name, value in files.items() if value is not None}
+    held = existing_run(output)
+    if resume:
+        spec = _spec_to_resume(held, output, {**asked, **lora, **options})
+    else:
+        spec = _new_spec(asked, lora, options, demo=demo)
+        overwrite = _may_overwrite(held, output, asked=overwrite, demo=demo)
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")
+    return _run(spec, output, console, resume=resume, overwrite=overwrite, dry=dry_run)
+
+
+def _run(
+    spec: RunSpec, output: Path, console: Console, *, resume: bool, overwrite: bool, dry: bool
+) -> int:
+    # transformers, TRL and matplotlib: seconds to import, so only once the flags make sense
+    from bridge.peft.cli.training import demo, run
+
+    if dry:
+        run.dry_run(spec, output, console)
+        return 0
+    train = demo.train_demo if spec.demo else run.train_and_report
+    return train(spec, output, console, resume=resume, overwrite=overwrite)
+
+
+def _new_spec(
+    asked: Mapping[str, str], lora: Mapping[str, Any], options: Mapping[str, Any], *, demo: bool
+) -> RunSpec:
+    if demo:
+        if "eval_data" in asked:
+            raise AdapterError("--eval-data needs --model and --data; the demo brings its own")
+        lora = {**DEMO_LORA, **lora}
+        options = {**_demo_options(), **options}
+        asked = {"model": str(base_model_dir()), "data": ""}
+    for name, other in (("model", "data"), ("data", "model")):
+        if name not in asked:
+            raise AdapterError(f"--{other} needs --{name}; leave both out to run the demo")
+    if options.get("steps") is not None and options.get("epochs") is not None and not demo:
+        raise AdapterError("--steps and --epochs both say when to stop; pass one of them")
+    checked = TrainingOptions(**options)
+    return RunSpec(
+        model=asked["model"],
+        data=asked["data"],
+        eval_data=asked.get("eval_data"),
+        demo=demo,
+        lora=LoRA(**lora, seed=checked.seed),
+        options=checked,
+    )
+
+
+def _demo_options() -> dict[str, Any]:
+    """The demo's settings under the names of our options."""
+    settings: dict[str, Any] = {**DEMO_TRAINING}
+    return {**settings, "warmup": settings.pop("warmup_steps")}
+
+
+def _spec_to_resume(held: RunSpec | None, output: Path, asked: Mapping[str, Any]) -> RunSpec:
+    if held is None:
+        raise AdapterError(f"nothing to resume in {output}; leave --resume out to start a run")
+    if is_finished(output):
+        raise AdapterError(
+            f"nothing to resume: the run in {output} is finished; pass another --output or "
+            "--overwrite instead of --resume"
+        )
+    if not checkpoints(output):
+        raise AdapterError(
+            f"nothing to resume: the run in {output} has no checkpoint yet; start it again with "
+            "--overwrite instead of --resume"
+        )
+    return continue_spec(held, asked)
+
+
+def _may_overwrite(held: RunSpec | None, output: Path, *, asked: bool, demo: bool) -> bool:
+    """Say whether a run in `output` is to be replaced; a demo replaces a demo without asking."""
+    if held is None:
+        return False
+    if asked or (demo and held.demo):
+        return True
+    if is_finished(output):
+        raise AdapterError(
+            f"{output} holds a finished run; pass another --output, or --overwrite to replace it"
+        )
+    raise AdapterError(
+        f"{output} holds an unfinished run; pass --resume to continue it, --overwrite to replace "
+        "it, or another --output"
+    )
+
+
+def _absolute(value: str) -> str:
+    """A path as the run record keeps it; a Hub id stays as it is."""
+    return str(Path(value).resolve()) if Path(value).exists() else value

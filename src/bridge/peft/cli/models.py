@@ -1,0 +1,165 @@
+"""Load causal language models and tokenizers; on meta where no weights are needed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bridge.peft.errors import AdapterError
+
+# Set before transformers and TRL are imported: a training run reports to nobody.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# What these loggers say while being imported is about optional kernels that nothing here uses.
+_IMPORT_CHATTER = ("torchao", "torch.utils._pytree", "bitsandbytes")
+
+
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Hold back what optional kernel packages log while transformers imports them."""
+    levels = {name: logging.getLogger(name).level for name in _IMPORT_CHATTER}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+with quiet_imports():
+    import transformers
+    import transformers.modeling_utils  # else imported by the lazy names below, and not quietly
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_SAMPLED_BYTES = 256
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """Load a model's configuration from a directory or the Hub.
+
+    Raises:
+        AdapterError: there is no such model, or it is not a causal language model.
+    """
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise AdapterError(
+            f"{name} holds no config.json; pass a directory written by save_pretrained"
+        )
+    if not path.exists() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
+        raise AdapterError(
+            f"no model directory {name}; pass one written by save_pretrained, or a Hub id"
+        )
+    if path.is_file():
+        raise AdapterError(f"{name} is a file; pass the model's directory or a Hub id")
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise AdapterError(
+            f"no model at {name}: neither a local directory nor found on the Hub "
+            f"({_first_line(error)}); pass a directory written by save_pretrained or a Hub id"
+        ) from error
+
+
+def meta_model(config: PretrainedConfig, name: str) -> PreTrainedModel:
+    """Build the model on meta: every module and shape, no weight.
+
+    Raises:
+        AdapterError: transformers knows no causal language model for this configuration.
+    """
+    with torch.device("meta"):
+        try:
+            return AutoModelForCausalLM.from_config(config)
+        except ValueError as error:
+            raise AdapterError(
+                f"{name} is a {config.model_type} model, not a causal language model; "
+                "pass one that AutoModelForCausalLM loads"
+            ) from error
+
+
+def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a model's weights in `dtype`.
+
+    Raises:
+        AdapterError: the weights are missing, damaged or do not fit the configuration.
+    """
+    with _quiet_loading():
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise AdapterError(
+                f"cannot load the weights of {name} ({_first_line(error)}); "
+                "pass a directory written by save_pretrained"
+            ) from error
+    if missing := sorted(report["missing_keys"]):
+        raise AdapterError(
+            f"{name} lacks {len(missing)} of the model's weights, {missing[0]} for one; "
+            "they would be random: pass a complete checkpoint"
+        )
+    return model
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer.
+
+    Raises:
+        AdapterError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # tokenizer files fail in as many ways as there are formats
+        raise AdapterError(
+            f"no tokenizer in {name} ({_first_line(error)}); save one there with "
+            "tokenizer.save_pretrained"
+        ) from error
+
+
+def model_digest(model: PreTrainedModel) -> str:
+    """Identify a base model by its configuration and the first bytes of every parameter."""
+    config = model.config.to_dict()
+    for volatile in ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"):
+        config.pop(volatile, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, parameter in model.named_parameters():
+        first = parameter.detach().flatten()[:_SAMPLED_BYTES].contiguous().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(first.view(torch.uint8).numpy().tobytes()[:_SAMPLED_BYTES])
+    return digest.hexdigest()
+
+
+def length_limit(config: PretrainedConfig) -> int | None:
+    """Return how many positions the model knows, if its configuration says so."""
+    text: Any = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """No progress bar for loading weights; restored afterwards."""
+    enabled = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__

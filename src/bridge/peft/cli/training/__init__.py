@@ -1,0 +1,1 @@
+"""What `bridge-peft finetune` is made of: data, run record, trainer, report."""

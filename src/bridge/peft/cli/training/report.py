@@ -1,0 +1,127 @@
+"""What a finished run leaves beside the adapter: `metrics.json`, `loss.png`, a summary."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from bridge.peft.cli.training.record import write_atomically
+
+_PACKAGES = ("bridge-peft", "torch", "transformers", "trl", "accelerate", "safetensors")
+_SMOOTHED_POINTS = 20
+
+
+def loss_points(history: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Return steps and values of one quantity in a trainer's log history."""
+    points = [(row["step"], row[key]) for row in history if key in row]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what trained: python and the packages."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory this process held: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def write_metrics(output: Path, metrics: dict[str, Any]) -> None:
+    """Write `metrics.json`, whole or not at all: it marks the run as finished."""
+    write_atomically(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+
+
+def plot_loss(history: list[dict[str, Any]], path: Path) -> None:
+    """Draw training and evaluation loss over the steps."""
+    steps, losses = loss_points(history, "loss")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    smooth = _smoothed(losses)
+    axes.plot(steps, losses, color="C0", alpha=0.3 if smooth else 1.0, label="training")
+    if smooth:
+        axes.plot(steps, smooth, color="C0", label="training, smoothed")
+    eval_steps, eval_losses = loss_points(history, "eval_loss")
+    if eval_steps:
+        axes.plot(eval_steps, eval_losses, "o-", color="C1", markersize=4, label="evaluation")
+    axes.set(xlabel="step", ylabel="loss per token", title=path.resolve().parent.name)
+    axes.set_xlim(left=0)
+    if min(losses + eval_losses) < 0.5 * max(losses + eval_losses):
+        axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def print_summary(console: Console, output: Path, metrics: dict[str, Any], model: str) -> None:
+    """Print the figures of a finished run and what to do next."""
+    table = Table(title=f"Adapter in {output}", title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in _summary_rows(metrics):
+        table.add_row(name, value)
+    console.print(table)
+    console.print("What next:", style="bold")
+    for line in (
+        f"  bridge-peft inspect {output}",
+        f"  bridge-peft merge --model {model} --adapter {output} --output {output}-merged",
+        f"  tensorboard --logdir {output / 'logs'}",
+    ):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print("In Python, with PEFT:", style="bold")
+    for line in (
+        f'  base = transformers.AutoModelForCausalLM.from_pretrained("{model}")',
+        f'  model = peft.PeftModel.from_pretrained(base, "{output}")',
+    ):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _summary_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    before, after = metrics["eval_loss_before"], metrics["eval_loss_after"]
+    evaluation = "not measured" if after is None else f"{before:.4f} -> {after:.4f}"
+    share = metrics["trainable_parameters"] / metrics["model_parameters"]
+    resumed = metrics["resumed_from_step"]
+    steps = f"{metrics['steps']}" + (f" (resumed from step {resumed})" if resumed else "")
+    return [
+        ("evaluation loss", evaluation),
+        ("training loss, last logged", f"{metrics['train_loss']:.4f}"),
+        ("steps", steps),
+        ("time", f"{metrics['seconds']:.1f} s, {metrics['tokens_per_second']:,.0f} tokens/s"),
+        ("trained", f"{metrics['trainable_parameters']:,} parameters, {share:.2%} of the model"),
+        ("adapter file", f"{metrics['adapter_bytes'] / 1e6:.2f} MB"),
+        ("peak memory", f"{metrics['peak_memory_bytes'] / 1e9:.2f} GB"),
+        ("loss curve", "loss.png"),
+    ]
+
+
+def _smoothed(values: list[float]) -> list[float]:
+    """Exponential mean with the bias of its start taken out; empty for a short curve."""
+    if len(values) < _SMOOTHED_POINTS:
+        return []
+    keep = 1 - 2 / _SMOOTHED_POINTS
+    mean, smooth = 0.0, []
+    for count, value in enumerate(values, start=1):
+        mean = keep * mean + (1 - keep) * value
+        smooth.append(mean / (1 - keep**count))
+    return smooth

@@ -1,0 +1,256 @@
+"""One training run from its checks to its report."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import torch
+from accelerate import PartialState
+from rich.console import Console
+
+from bridge.peft import save_adapter
+from bridge.peft.cli.models import load_model, model_digest, quiet_imports
+from bridge.peft.cli.training.callbacks import ShowProgress, StopOnSignal
+from bridge.peft.cli.training.data import Sample
+from bridge.peft.cli.training.prepare import Prepared, base_dtype, check_disk_space, prepare
+from bridge.peft.cli.training.record import (
+    RunSpec,
+    check_same_run,
+    checkpoints,
+    clear_run,
+    write_record,
+)
+from bridge.peft.cli.training.report import (
+    loss_points,
+    peak_memory_bytes,
+    plot_loss,
+    print_summary,
+    versions,
+    write_metrics,
+)
+from bridge.peft.cli.training.trainer import AdapterTrainer, trainer_config
+
+with quiet_imports():
+    from transformers import PrinterCallback
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        model: the adapted model, on the device it trained on.
+        prepared: the data and the plan.
+        metrics: what `metrics.json` will say; None where a signal stopped the run.
+        signal: the number of that signal, or None.
+    """
+
+    model: PreTrainedModel
+    prepared: Prepared
+    metrics: dict[str, Any] | None
+    signal: int | None
+
+
+def dry_run(spec: RunSpec, output: Path, console: Console) -> None:
+    """Check everything that can be checked without weights and print the plan; writes nothing."""
+    prepared = prepare(spec)
+    base_dtype(spec.options)
+    check_disk_space(spec, prepared.plan, output)
+    console.print(str(prepared.plan), markup=False, highlight=False, soft_wrap=True)
+    for note in prepared.notes:
+        console.print(note, markup=False)
+    console.print(
+        f"Would train on {len(prepared.train)} samples and evaluate on "
+        f"{len(prepared.evaluation)}; nothing was written."
+    )
+
+
+def train(
+    spec: RunSpec, output: Path, console: Console, *, resume: bool, overwrite: bool
+) -> Outcome:
+    """Train, from the newest checkpoint where `resume`, and leave the adapter in `output`.
+
+    Args:
+        spec: the run; a resumed one with the digests it began with.
+        output: where everything goes.
+        console: for what the user should see.
+        resume: continue the run in `output`.
+        overwrite: remove the run that `output` holds, once all checks have passed.
+
+    Raises:
+        AdapterError: anything the user can mend; nothing was written then.
+    """
+    prepared = prepare(spec)
+    dtype = base_dtype(spec.options)
+    check_disk_space(spec, prepared.plan, output)
+    for note in prepared.notes:
+        console.print(note, markup=False)
+    model = load_model(spec.model, dtype)
+    config = trainer_config(
+        spec.options, output, dtype=dtype, evaluate=bool(prepared.evaluation), resumed=resume
+    )
+    digests = {"base model": model_digest(model), **prepared.digests}
+    started = replace(spec, digests=digests, world_size=config.world_size)
+    if resume:
+        check_same_run(spec, started, output)
+    _adapt(model, spec, dtype, console)
+    if not resume:
+        _begin_record(started, output, overwrite=overwrite)
+    trainer = _build_trainer(model, config, prepared, spec)
+    return _run(trainer, prepared, output, console, resume=resume)
+
+
+def train_and_report(
+    spec: RunSpec, output: Path, console: Console, *, resume: bool, overwrite: bool
+) -> int:
+    """Train and leave metrics, the curve and a summary; see `train` for arguments and errors.
+
+    Returns:
+        0, or 128 + the number of the signal that stopped the run.
+    """
+    outcome = train(spec, output, console, resume=resume, overwrite=overwrite)
+    if outcome.metrics is None:
+        return say_how_to_resume(outcome, output, console)
+    finish(spec, outcome.metrics, output, console)
+    return 0
+
+
+def finish(spec: RunSpec, metrics: dict[str, Any], output: Path, console: Console) -> None:
+    """Write `metrics.json`, which marks the run as finished, and print the summary."""
+    if PartialState().is_main_process:
+        write_metrics(output, metrics)
+    print_summary(console, output, metrics, spec.model)
+
+
+def say_how_to_resume(outcome: Outcome, output: Path, console: Console) -> int:
+    """Tell what was kept of a stopped run; return its exit code."""
+    assert outcome.signal is not None
+    console.print(
+        f"Stopped; kept {checkpoints(output)[-1].name}. Continue with: "
+        f"bridge-peft finetune --resume --output {output}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 128 + outcome.signal
+
+
+def _adapt(
+    model: PreTrainedModel, spec: RunSpec, dtype: torch.dtype, console: Console
+) -> PreTrainedModel:
+    lora = spec.lora
+    if lora.lora_dtype is None and dtype != torch.float32:
+        # a step of a bfloat16 weight below its 8 bits of precision would be no step at all
+        lora = dataclasses.replace(lora, lora_dtype=torch.float32)
+        console.print(f"adapter weights in float32 over a {str(dtype)[6:]} base (--lora-dtype)")
+    return lora(model)
+
+
+def _begin_record(spec: RunSpec, output: Path, *, overwrite: bool) -> None:
+    """Write the record once every process has checked the output directory, before any goes on."""
+    processes = PartialState()
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        if overwrite:
+            clear_run(output)
+        write_record(output, spec)
+    processes.wait_for_everyone()
+
+
+def _build_trainer(
+    model: PreTrainedModel, config: Any, prepared: Prepared, spec: RunSpec
+) -> AdapterTrainer:
+    tokenizer = prepared.tokenizer
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return AdapterTrainer(
+        keep=spec.options.keep_checkpoints,
+        model=model,
+        args=config,
+        train_dataset=_dataset(prepared.train),
+        eval_dataset=_dataset(prepared.evaluation) if prepared.evaluation else None,
+        processing_class=tokenizer,
+        # padding is masked out of attention and loss, so any id serves
+        data_collator=DataCollatorForLanguageModeling(pad_token_id=padding),
+    )
+
+
+def _dataset(samples: list[Sample]) -> datasets.Dataset:
+    return datasets.Dataset.from_dict(
+        {
+            "input_ids": [sample.input_ids for sample in samples],
+            "labels": [sample.labels for sample in samples],
+        }
+    )
+
+
+def _run(
+    trainer: AdapterTrainer, prepared: Prepared, output: Path, console: Console, *, resume: bool
+) -> Outcome:
+    stop, progress = StopOnSignal(console), ShowProgress(console)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(stop)
+    trainer.add_callback(progress)
+    start = checkpoints(output)[-1] if resume else None
+    begun = time.perf_counter()
+    try:
+        with stop:
+            trainer.train(resume_from_checkpoint=str(start) if start else None)
+    finally:
+        progress.close()
+    seconds = time.perf_counter() - begun
+    model: Any = trainer.model
+    if stop.stopped:
+        return Outcome(model=model, prepared=prepared, metrics=None, signal=stop.received)
+    if trainer.args.should_save:
+        save_adapter(model, output)
+        plot_loss(trainer.state.log_history, output / "loss.png")
+    trainer.accelerator.wait_for_everyone()
+    metrics = {**_training_figures(trainer, progress, seconds), **_sizes(trainer, prepared, output)}
+    return Outcome(model=model, prepared=prepared, metrics=metrics, signal=None)
+
+
+def _training_figures(
+    trainer: AdapterTrainer, progress: ShowProgress, seconds: float
+) -> dict[str, Any]:
+    """Losses and speed; a resumed run's speed is that of the steps since it was resumed."""
+    history = trainer.state.log_history
+    _, losses = loss_points(history, "loss")
+    _, evaluations = loss_points(history, "eval_loss")
+    tokens = trainer.state.num_input_tokens_seen - progress.tokens_before
+    return {
+        "eval_loss_before": evaluations[0] if evaluations else None,
+        "eval_loss_after": evaluations[-1] if evaluations else None,
+        "train_loss": losses[-1],
+        "steps": trainer.state.global_step,
+        "resumed_from_step": progress.step_before,
+        "seconds": seconds,
+        "tokens": tokens,
+        "tokens_per_second": tokens / max(seconds - progress.evaluation_seconds, 1e-9),
+    }
+
+
+def _sizes(trainer: AdapterTrainer, prepared: Prepared, output: Path) -> dict[str, Any]:
+    model: Any = trainer.model
+    parameters = list(model.parameters())
+    return {
+        "train_samples": len(prepared.train),
+        "eval_samples": len(prepared.evaluation),
+        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "model_parameters": sum(p.numel() for p in parameters),
+        "adapter_bytes": (output / "adapter_model.safetensors").stat().st_size,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(trainer.args.device),
+        "processes": trainer.args.world_size,
+        "seed": trainer.args.seed,
+        "versions": versions(),
+    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,11 +162,7 @@ class LoRA:
         for candidate, options in planned:
             options.resolve_dtype(_weight(candidate).dtype)
         seed = int(torch.randint(2**62, (), device="cpu")) if self.seed is None else self.seed
-        root.requires_grad_(False)
-        for candidate, options in planned:
-            patch_with_options(candidate.module, options, derive_seed(seed, candidate.fqn))
-        _let_inputs_require_grad(root)
-        keep_encoders_off_fast_path(root)
+        patch_in_place(root, [(c.module, o, derive_seed(seed, c.fqn)) for c, o in planned])
         return model
 
     def _match(self, model: nn.Module) -> tuple[list[Candidate], list[Any]]:
@@ -198,6 +194,22 @@ class LoRA:
             path=path.name,
             reason=path.reason,
         )
+
+
+def patch_in_place(
+    model: nn.Module, planned: Iterable[tuple[nn.Module, BranchOptions, int]]
+) -> None:
+    """Freeze a model and adapt some of its modules, in place; what was checked is not checked here.
+
+    Args:
+        model: The base model, not wrapped.
+        planned: The modules to adapt, each with its options and the seed of its A.
+    """
+    model.requires_grad_(False)
+    for module, options, seed in planned:
+        patch_with_options(module, options, seed)
+    _let_inputs_require_grad(model)
+    keep_encoders_off_fast_path(model)
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,221 @@
+"""An adapter as it lies on disk, without a model: read, checked, written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bridge.peft.errors import AdapterFileError
+from bridge.peft.formats.atomic import current_path, write_files
+from bridge.peft.formats.peft_config import PeftConfig, parse_config, scale_of
+from bridge.peft.formats.peft_targets import pattern_value
+from bridge.peft.formats.safetensors_file import read_tensors, serialize
+
+CONFIG_NAME = "adapter_config.json"
+TENSORS_NAME = "adapter_model.safetensors"
+EXTRA_NAME = "bridge_adapter.json"
+KEY_PREFIX = "base_model.model."
+_SUFFIXES = (".lora_A.weight", ".lora_B.weight")
+_MAX_JSON_BYTES = 64_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFile:
+    """A PEFT adapter directory, read and checked.
+
+    Attributes:
+        config: `adapter_config.json`, as decoded.
+        tensors: By fully qualified name: A of shape (rank, in_features) and B of shape
+            (out_features, rank).
+        extra: `bridge_adapter.json`: what a PEFT config has no field for; empty without that file.
+        whole: Tensors saved whole (`modules_to_save`, `bias`), by their name in the base model.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, tuple[Tensor, Tensor]]
+    extra: dict[str, Any] = field(default_factory=dict)
+    whole: dict[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def parsed(self) -> PeftConfig:
+        """The config, checked.
+
+        Raises:
+            AdapterFileError: It cannot be honoured.
+        """
+        return parse_config(self.config)
+
+    def rank(self, fqn: str) -> int:
+        """The rank of one module: that of its tensors."""
+        return self.tensors[fqn][0].shape[0]
+
+    def alpha(self, fqn: str) -> float:
+        """The alpha of one module, the config's pattern applied."""
+        return pattern_value(self.parsed.alpha_pattern, fqn, self.parsed.lora_alpha)
+
+    def scale(self, fqn: str) -> float:
+        """The factor before B A x of one module."""
+        return scale_of(self.alpha(fqn), self.rank(fqn), self.parsed.use_rslora)
+
+
+def read_adapter(directory: str | Path) -> AdapterFile:
+    """Read a PEFT LoRA adapter; only JSON and safetensors are opened, never a pickle.
+
+    Args:
+        directory: Holds `adapter_config.json` and `adapter_model.safetensors`.
+
+    Raises:
+        AdapterFileError: Something is missing, damaged, contradictory or cannot be honoured.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise AdapterFileError(
+            f"{directory} is no adapter directory; pass one that holds {CONFIG_NAME}"
+        )
+    config = _read_json(_checked_path(directory, CONFIG_NAME))
+    parsed = parse_config(config)
+    extra: dict[str, Any] = {}
+    if current_path(directory, EXTRA_NAME).is_file():
+        extra = _read_json(_checked_path(directory, EXTRA_NAME))
+    tensors, whole = split_keys(read_tensors(_checked_path(directory, TENSORS_NAME)), parsed)
+    adapter = AdapterFile(config=config, tensors=tensors, extra=extra, whole=whole)
+    for fqn, (a, b) in tensors.items():
+        _check_shapes(parsed, fqn, a, b)
+    return adapter
+
+
+def write_adapter(adapter: AdapterFile, directory: str | Path) -> Path:
+    """Write a PEFT LoRA adapter, all files or none.
+
+    Args:
+        adapter: What to write.
+        directory: Created if missing; an adapter in it is replaced.
+
+    Returns:
+        The directory.
+
+    Raises:
+        AdapterFileError: The directory cannot be written to; what it held is still there.
+    """
+    directory = Path(directory)
+    tensors = {KEY_PREFIX + key: tensor for key, tensor in adapter.whole.items()}
+    for fqn, pair in adapter.tensors.items():
+        for suffix, tensor in zip(_SUFFIXES, pair, strict=True):
+            tensors[f"{KEY_PREFIX}{fqn}{suffix}"] = tensor
+    write_files(
+        directory,
+        {
+            TENSORS_NAME: serialize(tensors),
+            CONFIG_NAME: _json_bytes(adapter.config),
+            EXTRA_NAME: _json_bytes(adapter.extra),
+        },
+    )
+    return directory
+
+
+def split_keys(
+    tensors: Mapping[str, Tensor], config: PeftConfig
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """Sort the tensors of a PEFT file by module.
+
+    Keys are cut at their ends only, so modules may be called `lora_A`, `weight` or `base_model`.
+
+    Args:
+        tensors: By key of the file.
+        config: The file's config.
+
+    Returns:
+        A and B by module, and the tensors that are saved whole.
+
+    Raises:
+        AdapterFileError: A key is none of these, or one of A and B is missing.
+    """
+    halves: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+    whole: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(KEY_PREFIX)
+        for half, suffix in zip(halves, _SUFFIXES, strict=True):
+            if name.endswith(suffix) and name != key:
+                half[name.removesuffix(suffix)] = tensor
+                break
+        else:
+            raise AdapterFileError(
+                f"{TENSORS_NAME} holds {key!r}, which is no LoRA tensor "
+                f"({KEY_PREFIX}<module>.lora_A.weight or .lora_B.weight)"
+            )
+    for (letter, half), other in zip(zip("AB", halves, strict=True), reversed(halves), strict=True):
+        if single := sorted(half.keys() - other.keys()):
+            raise AdapterFileError(
+                f"{TENSORS_NAME} holds only the {letter} of {_some(single)}; save the adapter again"
+            )
+    if not halves[0]:
+        raise AdapterFileError(f"{TENSORS_NAME} holds no LoRA tensor; save the adapter again")
+    return {fqn: (halves[0][fqn], halves[1][fqn]) for fqn in halves[0]}, whole
+
+
+def _check_shapes(config: PeftConfig, fqn: str, a: Tensor, b: Tensor) -> None:
+    rank = pattern_value(config.rank_pattern, fqn, config.r)
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != rank or b.shape[1] != rank:
+        raise AdapterFileError(
+            f"{fqn}: the config gives it rank {rank}, the file A {tuple(a.shape)} and B "
+            f"{tuple(b.shape)}; mend r or rank_pattern, or save the adapter again"
+        )
+
+
+def _checked_path(directory: Path, name: str) -> Path:
+    """The path of a file of the adapter, which must be inside its directory."""
+    path = current_path(directory, name)
+    if not path.exists():
+        pickle = directory / "adapter_model.bin"
+        if name == TENSORS_NAME and pickle.exists():
+            raise AdapterFileError(
+                f"{pickle} is a pickle, which can run any program when read; ask for the adapter "
+                "as safetensors, or convert it where it was trained"
+            )
+        raise AdapterFileError(f"{directory} holds no {name}; pass a PEFT adapter directory")
+    resolved, home = path.resolve(), directory.resolve()
+    # The cache of the Hugging Face Hub: snapshots/REVISION/FILE -> ../../blobs/HASH
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if not (resolved.is_relative_to(home) or resolved.is_relative_to(blobs)):
+        raise AdapterFileError(
+            f"{path} is a link out of its directory, to {resolved}; copy the file itself there"
+        )
+    return path
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if not path.is_file():
+            raise AdapterFileError(f"{path} is not a regular file; save the adapter again")
+        with open(path, "rb") as file:
+            content = file.read(_MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise AdapterFileError(f"cannot read {path}: {error.strerror or error}") from error
+    if len(content) > _MAX_JSON_BYTES:
+        raise AdapterFileError(f"{path} is larger than {_MAX_JSON_BYTES:,} bytes")
+    try:
+        value = json.loads(content.decode(), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise AdapterFileError(f"{path} must hold an object, got a {type(value).__name__}")
+    return value
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _json_bytes(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

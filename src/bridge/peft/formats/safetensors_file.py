@@ -1,0 +1,127 @@
+"""Read and write safetensors files of unknown origin; nothing else is ever read.
+
+A file is `u64 header size, header (JSON), tensor bytes`. The header is checked against the size of
+the file before any tensor is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from bridge.peft.errors import AdapterFileError
+
+#: An adapter's header takes about 150 bytes per tensor; this is room for half a million.
+MAX_HEADER_BYTES = 100_000_000
+#: The dtypes a LoRA matrix or a saved module may have, by their safetensors name.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read all tensors of a safetensors file, on the CPU.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Tensors by key, in the file's order.
+
+    Raises:
+        AdapterFileError: Not a sound safetensors file, or a tensor is not floating or not finite.
+    """
+    try:
+        with open(path, "rb") as file:
+            info = os.fstat(file.fileno())
+            if not stat.S_ISREG(info.st_mode):
+                raise AdapterFileError(f"{path} is not a regular file; download the adapter again")
+            header = _read_header(path, file, info.st_size)
+            _check_header(path, header, info.st_size)
+            file.seek(0)
+            content = file.read()
+    except OSError as error:
+        raise AdapterFileError(f"cannot read {path}: {error.strerror or error}") from error
+    try:
+        tensors = safetensors.torch.load(content)
+    except (SafetensorError, ValueError, TypeError, RuntimeError, KeyError) as error:
+        raise _damaged(path, str(error)) from error
+    for key, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterFileError(
+                f"{path}: {key} holds NaN or inf; go back to an earlier checkpoint of the adapter"
+            )
+    return tensors
+
+
+def serialize(tensors: Mapping[str, Tensor]) -> bytes:
+    """A safetensors file with `{"format": "pt"}` as its metadata.
+
+    Args:
+        tensors: By key; each gets bytes of its own, whatever it shares storage with.
+    """
+    own = {key: tensor.detach().to("cpu").contiguous().clone() for key, tensor in tensors.items()}
+    return safetensors.torch.save(own, metadata={"format": "pt"})
+
+
+def _read_header(path: Path, file: Any, size: int) -> dict[str, Any]:
+    prefix = file.read(8)
+    if len(prefix) < 8:
+        raise _damaged(path, f"it has {size} bytes")
+    length = int.from_bytes(prefix, "little")
+    if length > min(MAX_HEADER_BYTES, size - 8):
+        raise _damaged(path, f"its header claims {length:,} bytes and the file has {size:,}")
+    try:
+        header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"its header is no valid JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise _damaged(path, f"its header is a {type(header).__name__}")
+    return header
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"duplicate key {key!r}")
+        result[key] = value
+    return result
+
+
+def _check_header(path: Path, header: dict[str, Any], size: int) -> None:
+    """Check names, dtypes, shapes and offsets against each other and the size of the file."""
+    for key, entry in header.items():
+        if key == "__metadata__":
+            continue
+        match entry:
+            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(end)]}:
+                pass
+            case _:
+                raise _damaged(path, f"the entry of {key!r} has no dtype, shape and offsets")
+        if dtype not in _DTYPES:
+            raise AdapterFileError(
+                f"{path}: {key} is {dtype}; an adapter's tensors are {', '.join(_DTYPES)}"
+            )
+        if not all(type(n) is int and n >= 0 for n in shape):
+            raise _damaged(path, f"{key} has the shape {shape}")
+        if not 0 <= start <= end <= size or end - start != prod(shape) * _DTYPES[dtype].itemsize:
+            raise _damaged(path, f"{key} has the offsets {start}, {end} for the shape {shape}")
+
+
+def _damaged(path: Path, what: str) -> AdapterFileError:
+    text = " ".join(what.split())[:300]
+    return AdapterFileError(f"{path} is damaged: {text}; download or save the adapter again")

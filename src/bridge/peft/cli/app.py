@@ -76,6 +76,12 @@ def _not_loaded() -> None:
     raise AssertionError("a command that was not asked for ran")
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"bridge-peft {__version__}")
+        raise typer.Exit
+
+
 def _root(
     version: Annotated[
         bool,
@@ -83,12 +89,6 @@ def _root(
     ] = False,
 ) -> None:
     """Low-rank adapters on any linear, in place."""
-
-
-def _print_version(asked: bool) -> None:
-    if asked:
-        print(f"bridge-peft {__version__}")
-        raise typer.Exit
 
 
 def _requested(arguments: list[str]) -> str | None:

@@ -61,7 +61,9 @@ def command(
     else:
         spec = _new_spec(asked, lora, options, demo=demo)
         overwrite = _may_overwrite(held, output, asked=overwrite, demo=demo)
-    console = Console(quiet=os.environ.get("RANK", "0") != "0")
+    console = Console(
+        quiet=os.environ.get("RANK", "0") != "0", markup=False, highlight=False, soft_wrap=True
+    )
     return _run(spec, output, console, resume=resume, overwrite=overwrite, dry=dry_run)
 
 
@@ -105,8 +107,8 @@ def _new_spec(
 
 def _demo_options() -> dict[str, Any]:
     """The demo's settings under the names of our options."""
-    settings: dict[str, Any] = {**DEMO_TRAINING}
-    return {**settings, "warmup": settings.pop("warmup_steps")}
+    names = {"warmup_steps": "warmup"}
+    return {names.get(name, name): value for name, value in DEMO_TRAINING.items()}
 
 
 def _spec_to_resume(held: RunSpec | None, output: Path, asked: Mapping[str, Any]) -> RunSpec:

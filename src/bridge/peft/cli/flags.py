@@ -180,12 +180,11 @@ def _parse_numbers(words: Sequence[str]) -> dict[str, int | float]:
     for word in words:
         pattern, _, number = word.rpartition("=")
         try:
-            value = float(number)
+            numbers[pattern] = int(number) if number.isdecimal() else float(number)
         except ValueError:
             pattern = ""
         if not pattern:
             raise AdapterError(f"{word!r} is not PATTERN=NUMBER; write for instance q_proj=16")
-        numbers[pattern] = int(value) if value.is_integer() and "." not in number else value
     return numbers
 
 

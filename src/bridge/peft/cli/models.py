@@ -42,12 +42,12 @@ with quiet_imports():
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _SAMPLED_BYTES = 256
 
 
-def load_config(name: str) -> PretrainedConfig:
+def load_config(name: str) -> PreTrainedConfig:
     """Load a model's configuration from a directory or the Hub.
 
     Raises:
@@ -73,7 +73,7 @@ def load_config(name: str) -> PretrainedConfig:
         ) from error
 
 
-def meta_model(config: PretrainedConfig, name: str) -> PreTrainedModel:
+def meta_model(config: PreTrainedConfig, name: str) -> PreTrainedModel:
     """Build the model on meta: every module and shape, no weight.
 
     Raises:
@@ -97,7 +97,7 @@ def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
     """
     with _quiet_loading():
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name, dtype=dtype, output_loading_info=True
             )
         except (OSError, ValueError, RuntimeError) as error:
@@ -105,6 +105,7 @@ def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
                 f"cannot load the weights of {name} ({_first_line(error)}); "
                 "pass a directory written by save_pretrained"
             ) from error
+    model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise AdapterError(
             f"{name} lacks {len(missing)} of the model's weights, {missing[0]} for one; "
@@ -113,7 +114,7 @@ def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str) -> Any:
     """Load a model's tokenizer.
 
     Raises:
@@ -141,7 +142,7 @@ def model_digest(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def length_limit(config: PretrainedConfig) -> int | None:
+def length_limit(config: PreTrainedConfig) -> int | None:
     """Return how many positions the model knows, if its configuration says so."""
     text: Any = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)

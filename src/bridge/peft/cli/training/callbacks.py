@@ -47,11 +47,10 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    ) -> None:
         """Ask for a checkpoint and the end of training once a signal was seen."""
         if self._seen_anywhere(args.device) and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True
-        return control
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = number
@@ -92,7 +91,8 @@ class ShowProgress(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the bar."""
+        """Start the bar, and let this process's intervals win over a checkpoint's."""
+        state.compute_steps(args, state.max_steps)
         self._started = time.perf_counter()
         self.tokens_before = int(state.num_input_tokens_seen)
         self.step_before = self._next_line = state.global_step
@@ -127,7 +127,8 @@ class ShowProgress(TrainerCallback):
     ) -> None:
         """Move the bar, or print a line now and then."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=state.global_step, loss=self._loss_text())
+            loss = "-" if self._loss is None else f"{self._loss:.4f}"
+            self._bar.update(self._task, completed=state.global_step, loss=loss)
         elif args.eval_strategy == "no" and state.global_step >= self._next_line:
             self._next_line = state.global_step + max(1, state.max_steps // _PLAIN_LINES)
             self._print_line(state, "")
@@ -147,14 +148,10 @@ class ShowProgress(TrainerCallback):
 
     def _print_line(self, state: TrainerState, more: str) -> None:
         seconds = time.perf_counter() - self._started
+        loss = "" if self._loss is None else f"  training loss {self._loss:.4f}"
         self._console.print(
-            f"step {state.global_step}/{state.max_steps}  {seconds:.0f} s  "
-            f"training loss {self._loss_text()}{more}",
-            highlight=False,
+            f"step {state.global_step}/{state.max_steps}  {seconds:.0f} s{loss}{more}"
         )
-
-    def _loss_text(self) -> str:
-        return "-" if self._loss is None else f"{self._loss:.4f}"
 
     def close(self) -> None:
         """Take the bar away, however training ended."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from bridge.peft import disable_adapters
@@ -53,9 +54,7 @@ def train_demo(
         0 if every figure holds, 1 if one does not (it is named), 128 + N if signal N stopped it.
     """
     started = time.perf_counter()
-    console.print(
-        "The base model answers 17+25= with 42. LoRA teaches it to answer forty-two.", markup=False
-    )
+    console.print("The base model answers 17+25= with 42. LoRA teaches it to answer forty-two.")
     tokenizer = load_tokenizer(spec.model)
     before = _measure(load_model(spec.model, base_dtype(spec.options)), tokenizer)
     outcome = train(spec, output, console, resume=resume, overwrite=overwrite)
@@ -143,7 +142,7 @@ def _print_figures(console: Console, figures: list[tuple[str, str, bool]], secon
     for name in ("figure", "measured", ""):
         table.add_column(name)
     for name, measured, holds in figures:
-        table.add_row(name, measured, "[green]holds[/]" if holds else "[red]fails[/]")
+        table.add_row(name, measured, Text("holds", "green") if holds else Text("fails", "red"))
     console.print(table)
     failed = [name for name, _, holds in figures if not holds]
     if failed:

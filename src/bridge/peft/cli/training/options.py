@@ -5,62 +5,84 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from bridge.peft.errors import AdapterError
 
-SCHEDULES = ("cosine", "linear", "constant")
-DTYPES = ("float32", "bfloat16", "float16")
-ON_LONG = ("error", "drop", "truncate")
+Schedule = Literal["cosine", "linear", "constant"]
+BaseDtype = Literal["float32", "bfloat16", "float16"]
+OnLong = Literal["error", "drop", "truncate"]
 
 
-def _option(default: Any, text: str, *, choices: tuple[str, ...] = (), steers: bool = True) -> Any:
-    """A field with its help; `steers` says whether a resumed run must keep its value."""
-    metadata = {"help": text, "choices": choices, "steers": steers}
-    return field(default=default, metadata=metadata)
+def _about(text: str, *, choices: Any = None, steers: bool = True) -> dict[str, Any]:
+    """A field's metadata; `steers` says whether a resumed run must keep its value."""
+    return {"help": text, "choices": get_args(choices), "steers": steers}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """How to train; checked once, on construction.
+    """How to train; checked once, on construction. Each field's metadata holds its help.
 
     Raises:
         AdapterError: a value out of range; the message names the flag.
     """
 
-    learning_rate: float = _option(2e-4, "Peak learning rate of AdamW.")
-    schedule: str = _option("cosine", "Learning rate after the warm-up.", choices=SCHEDULES)
-    warmup: float = _option(
-        0.03, "Steps in which the learning rate rises from 0; below 1, a share of all steps."
+    learning_rate: float = field(default=2e-4, metadata=_about("Peak learning rate of AdamW."))
+    schedule: Schedule = field(
+        default="cosine", metadata=_about("Learning rate after the warm-up", choices=Schedule)
     )
-    weight_decay: float = _option(0.0, "Decoupled weight decay.")
-    max_grad_norm: float = _option(1.0, "Gradients are clipped to this norm; 0 clips nothing.")
-    epochs: float = _option(3.0, "Passes over the data; --steps overrides it.")
-    steps: int | None = _option(None, "Optimizer steps, instead of --epochs.")
-    batch_size: int = _option(8, "Samples per step on each device.")
-    gradient_accumulation: int = _option(1, "Batches summed into one optimizer step.")
-    max_length: int | None = _option(
-        None, "Most tokens in a sample; default 1024, or the model's own limit where lower."
+    warmup: float = field(
+        default=0.03,
+        metadata=_about("Steps in which the learning rate rises from 0; below 1, a share of all."),
     )
-    on_long: str = _option("error", "What to do with longer samples.", choices=ON_LONG)
-    dtype: str | None = _option(
-        None, "Of the base weights; default float32 on CPU, bfloat16 on CUDA.", choices=DTYPES
+    weight_decay: float = field(default=0.0, metadata=_about("Decoupled weight decay."))
+    max_grad_norm: float = field(
+        default=1.0, metadata=_about("Gradients are clipped to this norm; 0 clips nothing.")
     )
-    seed: int = _option(0, "Of the adapter's start, the order of the data and dropout.")
-    gradient_checkpointing: bool = _option(
-        False, "Recompute activations in backward: less memory, about a fifth slower."
+    epochs: float = field(default=3.0, metadata=_about("Passes over the data."))
+    steps: int | None = field(default=None, metadata=_about("Optimizer steps instead of --epochs."))
+    batch_size: int = field(default=8, metadata=_about("Samples per batch on each device."))
+    gradient_accumulation: int = field(
+        default=1, metadata=_about("Batches summed into one optimizer step.")
     )
-    eval_share: float = _option(
-        0.05, "Share of the data held out for evaluation when there is no --eval-data."
+    max_length: int | None = field(
+        default=None,
+        metadata=_about("Most tokens in a sample; default 1024, or the model's limit where lower."),
     )
-    eval_every: int | None = _option(None, "Steps between evaluations; default a tenth of the run.")
-    save_every: int | None = _option(
-        None, "Steps between checkpoints; default a tenth of the run.", steers=False
+    on_long: OnLong = field(
+        default="error", metadata=_about("What to do with longer samples", choices=OnLong)
     )
-    log_every: int | None = _option(
-        None, "Steps between logged losses; default a 200th of the run.", steers=False
+    dtype: BaseDtype | None = field(
+        default=None,
+        metadata=_about(
+            "Dtype of the base weights, default float32 on CPU and bfloat16 on CUDA",
+            choices=BaseDtype,
+        ),
     )
-    keep_checkpoints: int = _option(2, "Newest checkpoints kept.", steers=False)
+    seed: int = field(
+        default=0, metadata=_about("Of the adapter's start, the order of the data and dropout.")
+    )
+    gradient_checkpointing: bool = field(
+        default=False,
+        metadata=_about("Recompute activations in backward: less memory, about a fifth slower."),
+    )
+    eval_share: float = field(
+        default=0.05, metadata=_about("Share of the data held out where there is no --eval-data.")
+    )
+    eval_every: int | None = field(
+        default=None, metadata=_about("Steps between evaluations; default a tenth of the run.")
+    )
+    save_every: int | None = field(
+        default=None,
+        metadata=_about("Steps between checkpoints; default a tenth of the run.", steers=False),
+    )
+    log_every: int | None = field(
+        default=None,
+        metadata=_about("Steps between logged losses; default a 200th of the run.", steers=False),
+    )
+    keep_checkpoints: int = field(
+        default=2, metadata=_about("How many of the newest checkpoints are kept.", steers=False)
+    )
 
     def __post_init__(self) -> None:
         """Check every value against its range."""

@@ -6,7 +6,7 @@ import random
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,17 +19,15 @@ from bridge.peft.cli.models import (
 )
 from bridge.peft.cli.training.data import (
     Row,
-    Sample,
     Shape,
     data_digest,
-    fit_length,
     read_jsonl,
     rows_of,
     shape_of,
-    tokenize,
 )
 from bridge.peft.cli.training.options import TrainingOptions
 from bridge.peft.cli.training.record import RunSpec
+from bridge.peft.cli.training.samples import Sample, Tokenizer, fit_length, tokenize
 from bridge.peft.demo import DEMO_EXAMPLES, word_examples
 from bridge.peft.errors import AdapterError
 
@@ -37,7 +35,7 @@ with quiet_imports():
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig
 
     from bridge.peft.plan import Plan
 
@@ -58,7 +56,7 @@ class Prepared:
         notes: lines that tell what was decided for the user.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     train: list[Sample]
     evaluation: list[Sample]
     plan: Plan
@@ -163,9 +161,7 @@ def _max_length(options: TrainingOptions, config: PreTrainedConfig) -> int:
     return options.max_length
 
 
-def _chat_template(
-    tokenizer: PreTrainedTokenizerBase, shape: Shape, model: str
-) -> tuple[str | None, str | None]:
+def _chat_template(tokenizer: Any, shape: Shape, model: str) -> tuple[str | None, str | None]:
     """Return a template that marks the assistant's words if there is one, and a line if not."""
     if shape != "messages":
         return None, None

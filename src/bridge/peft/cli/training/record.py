@@ -26,15 +26,8 @@ from bridge.peft.errors import AdapterError
 RECORD = "run.json"
 PARTIAL = ".partial"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_OURS = (
-    RECORD,
-    PARTIAL,
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "metrics.json",
-    "loss.png",
-    "logs",
-)
+_OURS = {RECORD, "metrics.json", "loss.png", "logs"}
+_OUR_PREFIXES = ("adapter_", "bridge_adapter", ".adapter", ".partial", ".run.json", ".metrics.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,11 +131,13 @@ def checkpoints(output: Path) -> list[Path]:
 
 def clear_run(output: Path) -> None:
     """Remove what a run of ours left in `output`, and nothing else."""
-    for path in [*checkpoints(output), *(output / name for name in _OURS)]:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    kept = set(checkpoints(output))
+    for path in list(output.iterdir()) if output.is_dir() else []:
+        if path in kept or path.name in _OURS or path.name.startswith(_OUR_PREFIXES):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def continue_spec(recorded: RunSpec, asked: Mapping[str, Any]) -> RunSpec:

@@ -88,13 +88,13 @@ def print_summary(console: Console, output: Path, metrics: dict[str, Any], model
         f"  bridge-peft merge --model {model} --adapter {output} --output {output}-merged",
         f"  tensorboard --logdir {output / 'logs'}",
     ):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line)
     console.print("In Python, with PEFT:", style="bold")
     for line in (
         f'  base = transformers.AutoModelForCausalLM.from_pretrained("{model}")',
         f'  model = peft.PeftModel.from_pretrained(base, "{output}")',
     ):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line)
 
 
 def _summary_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:

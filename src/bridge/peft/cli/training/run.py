@@ -16,7 +16,6 @@ from rich.console import Console
 from bridge.peft import save_adapter
 from bridge.peft.cli.models import load_model, model_digest, quiet_imports
 from bridge.peft.cli.training.callbacks import ShowProgress, StopOnSignal
-from bridge.peft.cli.training.data import Sample
 from bridge.peft.cli.training.prepare import Prepared, base_dtype, check_disk_space, prepare
 from bridge.peft.cli.training.record import (
     RunSpec,
@@ -33,6 +32,7 @@ from bridge.peft.cli.training.report import (
     versions,
     write_metrics,
 )
+from bridge.peft.cli.training.samples import Sample
 from bridge.peft.cli.training.trainer import AdapterTrainer, trainer_config
 
 with quiet_imports():
@@ -65,9 +65,9 @@ def dry_run(spec: RunSpec, output: Path, console: Console) -> None:
     prepared = prepare(spec)
     base_dtype(spec.options)
     check_disk_space(spec, prepared.plan, output)
-    console.print(str(prepared.plan), markup=False, highlight=False, soft_wrap=True)
+    console.print(str(prepared.plan))
     for note in prepared.notes:
-        console.print(note, markup=False)
+        console.print(note)
     console.print(
         f"Would train on {len(prepared.train)} samples and evaluate on "
         f"{len(prepared.evaluation)}; nothing was written."
@@ -93,10 +93,15 @@ def train(
     dtype = base_dtype(spec.options)
     check_disk_space(spec, prepared.plan, output)
     for note in prepared.notes:
-        console.print(note, markup=False)
+        console.print(note)
     model = load_model(spec.model, dtype)
     config = trainer_config(
-        spec.options, output, dtype=dtype, evaluate=bool(prepared.evaluation), resumed=resume
+        spec.options,
+        output,
+        dtype=dtype,
+        samples=len(prepared.train),
+        evaluate=bool(prepared.evaluation),
+        resumed=resume,
     )
     digests = {"base model": model_digest(model), **prepared.digests}
     started = replace(spec, digests=digests, world_size=config.world_size)
@@ -136,23 +141,19 @@ def say_how_to_resume(outcome: Outcome, output: Path, console: Console) -> int:
     assert outcome.signal is not None
     console.print(
         f"Stopped; kept {checkpoints(output)[-1].name}. Continue with: "
-        f"bridge-peft finetune --resume --output {output}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        f"bridge-peft finetune --resume --output {output}"
     )
     return 128 + outcome.signal
 
 
-def _adapt(
-    model: PreTrainedModel, spec: RunSpec, dtype: torch.dtype, console: Console
-) -> PreTrainedModel:
+def _adapt(model: PreTrainedModel, spec: RunSpec, dtype: torch.dtype, console: Console) -> None:
+    """Adapt the model, in place."""
     lora = spec.lora
     if lora.lora_dtype is None and dtype != torch.float32:
         # a step of a bfloat16 weight below its 8 bits of precision would be no step at all
         lora = dataclasses.replace(lora, lora_dtype=torch.float32)
         console.print(f"adapter weights in float32 over a {str(dtype)[6:]} base (--lora-dtype)")
-    return lora(model)
+    lora(model)
 
 
 def _begin_record(spec: RunSpec, output: Path, *, overwrite: bool) -> None:
@@ -169,8 +170,8 @@ def _begin_record(spec: RunSpec, output: Path, *, overwrite: bool) -> None:
 def _build_trainer(
     model: PreTrainedModel, config: Any, prepared: Prepared, spec: RunSpec
 ) -> AdapterTrainer:
-    tokenizer = prepared.tokenizer
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    tokenizer: Any = prepared.tokenizer
+    padding = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return AdapterTrainer(
         keep=spec.options.keep_checkpoints,
         model=model,

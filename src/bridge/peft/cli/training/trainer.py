@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import shutil
 import warnings
@@ -12,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
-from bridge.peft import adapter_state_dict, save_adapter
+from bridge.peft import load_adapter, save_adapter
 from bridge.peft.cli.models import quiet_imports
 from bridge.peft.cli.training.options import TrainingOptions
 from bridge.peft.cli.training.record import PARTIAL, checkpoints
@@ -23,10 +23,8 @@ from bridge.peft.errors import AdapterError
 
 with quiet_imports():
     from transformers import Trainer
-    from trl import SFTConfig, SFTTrainer
-
-_TENTH_OF_RUN = 0.1
-_200TH_OF_RUN = 0.005
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
 
 class AdapterTrainer(SFTTrainer):
@@ -49,12 +47,17 @@ class AdapterTrainer(SFTTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
-            save_adapter(self.model, output_dir or self._root)
+            save_adapter(self._adapted_model(), output_dir or self._root)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        restore_adapter(self.model, Path(resume_from_checkpoint))
+        load_adapter(self._adapted_model(), resume_from_checkpoint)
+
+    def _adapted_model(self) -> nn.Module:
+        model = self.model
+        assert isinstance(model, nn.Module)
+        return model
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._writing_to)
@@ -101,7 +104,13 @@ class AdapterTrainer(SFTTrainer):
 
 
 def trainer_config(
-    options: TrainingOptions, output: Path, *, dtype: torch.dtype, evaluate: bool, resumed: bool
+    options: TrainingOptions,
+    output: Path,
+    *,
+    dtype: torch.dtype,
+    samples: int,
+    evaluate: bool,
+    resumed: bool,
 ) -> SFTConfig:
     """Translate our options into TRL's.
 
@@ -109,6 +118,7 @@ def trainer_config(
         options: how to train.
         output: where checkpoints and logs go.
         dtype: of the base weights; half types train under autocast.
+        samples: to train on.
         evaluate: whether there is data to evaluate on.
         resumed: a resumed run has its evaluation before training in its history already.
     """
@@ -118,7 +128,7 @@ def trainer_config(
     with warnings.catch_warnings():
         # TRL's own default sets this alias, so every SFTConfig warns
         warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
-        return SFTConfig(
+        config = SFTConfig(
             output_dir=str(output),
             use_cpu=not on_cuda,
             dataloader_pin_memory=on_cuda,
@@ -138,30 +148,26 @@ def trainer_config(
             gradient_checkpointing=options.gradient_checkpointing,
             ddp_find_unused_parameters=False,
             eval_strategy="steps" if evaluate else "no",
-            eval_steps=options.eval_every or _TENTH_OF_RUN,
             eval_on_start=evaluate and not resumed,
             save_strategy="steps",
-            save_steps=options.save_every or _TENTH_OF_RUN,
-            logging_steps=options.log_every or _200TH_OF_RUN,
             report_to=["tensorboard"],
             disable_tqdm=True,
             include_num_input_tokens_seen="non_padding",
             max_length=None,
         )
+    steps = total_steps(options, samples, processes=config.world_size)
+    config.eval_steps = options.eval_every or math.ceil(steps / 10)
+    config.save_steps = options.save_every or math.ceil(steps / 10)
+    config.logging_steps = options.log_every or math.ceil(steps / 200)
+    return config
 
 
-def restore_adapter(model: nn.Module, directory: Path) -> None:
-    """Copy the adapter saved in `directory` into a model that carries one of the same shapes.
-
-    Raises:
-        AdapterError: the file lacks a tensor or has one of another shape.
-    """
-    saved = load_file(directory / "adapter_model.safetensors")
-    for name, tensor in adapter_state_dict(model).items():
-        key = f"base_model.model.{name}".replace("lora_a", "lora_A").replace("lora_b", "lora_B")
-        if key not in saved or saved[key].shape != tensor.shape:
-            raise AdapterError(f"{directory} holds no fitting {name}; remove it and resume again")
-        tensor.copy_(saved[key])
+def total_steps(options: TrainingOptions, samples: int, *, processes: int) -> int:
+    """Count the optimizer steps of a run; each process takes whole batches of its own."""
+    if options.steps is not None:
+        return options.steps
+    batches = math.ceil(math.ceil(samples / options.batch_size) / processes)
+    return math.ceil(options.epochs * math.ceil(batches / options.gradient_accumulation))
 
 
 def _publish(partial: Path, final: Path) -> None:
@@ -175,8 +181,9 @@ def _publish(partial: Path, final: Path) -> None:
 
 
 def _is_disk_full(error: Exception, where: Path) -> bool:
-    """Tell a full disk, which torch and safetensors report as errors of their own."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    """Tell a full disk, which torch and `save_adapter` report as errors of their own."""
+    cause = error.__cause__
+    if any(getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for e in (error, cause)):
         return True
     text = str(error)
     return "No space left" in text or (

@@ -1,0 +1,118 @@
+"""`bridge-peft inspect`: what an adapter holds, and how large each module's update is."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from torch import Tensor
+
+from bridge.peft.formats.peft import AdapterFile, read_adapter
+from bridge.peft.text_table import table
+
+
+def command(
+    adapter: Annotated[
+        Path, typer.Argument(help="Directory of a PEFT adapter.", show_default=False)
+    ],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON instead of a table.", show_default=False)
+    ] = False,
+) -> None:
+    """Show rank, alpha, targets, parameters and the size of each module's update.
+
+    A module whose update is zero is marked as dead: it was never trained, or learned nothing.
+
+    Example: bridge-peft inspect runs/demo
+    """
+    report = describe(read_adapter(adapter))
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    print("\n".join(_lines(report)))
+
+
+def describe(adapter: AdapterFile) -> dict[str, Any]:
+    """Return what an adapter holds, ready for JSON.
+
+    `update_norm` is the Frobenius norm of `scale · B A`; a module where it is zero is dead.
+    """
+    modules = [
+        {
+            "fqn": fqn,
+            "shape": [b.shape[0], a.shape[1]],
+            "dim": adapter.rank(fqn),
+            "alpha": adapter.alpha(fqn),
+            "scale": adapter.scale(fqn),
+            "dtype": str(a.dtype).removeprefix("torch."),
+            "parameters": a.numel() + b.numel(),
+            "update_norm": (norm := update_norm(a, b, adapter.scale(fqn))),
+            "dead": norm == 0.0,
+        }
+        for fqn, (a, b) in adapter.tensors.items()
+    ]
+    targets = adapter.parsed.target_modules
+    return {
+        "rank": adapter.parsed.r,
+        "alpha": adapter.parsed.lora_alpha,
+        "use_rslora": adapter.parsed.use_rslora,
+        "dropout": adapter.parsed.lora_dropout,
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "base_model": adapter.config.get("base_model_name_or_path"),
+        "parameters": sum(module["parameters"] for module in modules),
+        "dead_modules": [module["fqn"] for module in modules if module["dead"]],
+        "modules": modules,
+    }
+
+
+def update_norm(a: Tensor, b: Tensor, scale: float) -> float:
+    """Return the Frobenius norm of `scale · B A` without forming B A.
+
+    `‖B A‖² = tr(Aᵀ Bᵀ B A) = Σ (Bᵀ B) ∘ (A Aᵀ)`: two matrices of rank × rank, in float64.
+
+    Args:
+        a: (rank, in_features).
+        b: (out_features, rank).
+        scale: factor of the branch.
+    """
+    a, b = a.double(), b.double()
+    squared = float(((b.mT @ b) * (a @ a.mT)).sum())
+    return abs(scale) * math.sqrt(max(squared, 0.0))
+
+
+def _lines(report: dict[str, Any]) -> list[str]:
+    targets = report["target_modules"]
+    scaling = ", rank-stabilised" if report["use_rslora"] else ""
+    dead = report["dead_modules"]
+    lines = [
+        f"rank {report['rank']}, alpha {report['alpha']:g}{scaling}, dropout {report['dropout']:g}",
+        f"targets: {targets if isinstance(targets, str) else ', '.join(targets)}",
+        f"base model: {report['base_model'] or 'not recorded'}",
+        "",
+        *table(("module", "shape (out×in)", "rank", "scale", "|update|", ""), _rows(report)),
+        "",
+        f"{len(report['modules'])} modules, {report['parameters']:,} parameters",
+    ]
+    if dead:
+        lines.append(
+            f"warning: {len(dead)} of {len(report['modules'])} modules are dead: their update is "
+            "zero, as before training"
+        )
+    return lines
+
+
+def _rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        (
+            module["fqn"],
+            f"{module['shape'][0]}×{module['shape'][1]}",
+            str(module["dim"]),
+            f"{module['scale']:g}",
+            f"{module['update_norm']:.3e}",
+            "dead" if module["dead"] else "",
+        )
+        for module in report["modules"]
+    ]

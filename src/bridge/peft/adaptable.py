@@ -12,6 +12,7 @@ from bridge.peft._optional import HAVE_TE, TELinear
 from bridge.peft.adapter_wrapper import AdapterWrapper
 from bridge.peft.errors import AlreadyAdaptedError, UnsupportedLinearError
 from bridge.peft.lora_mixin import LoRAMixin
+from bridge.peft.orientation import is_transposed
 
 #: What a branch adds to a module, which must be free before.
 _BRANCH_ATTRIBUTES = (
@@ -54,7 +55,7 @@ def unsupported_reason(module: nn.Module) -> str | None:
     """
     if HAVE_TE and type(module) is TELinear:
         return _te_unsupported_reason(module)
-    if not isinstance(module, nn.Linear):
+    if not (isinstance(module, nn.Linear) or is_transposed(type(module))):
         return "it is neither a torch.nn.Linear nor a transformer_engine.pytorch.Linear"
     if taken := [name for name in _BRANCH_ATTRIBUTES if hasattr(module, name)]:
         return f"its own attribute {taken[0]!r} would be overwritten by the adapter's"

@@ -15,7 +15,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def _xavier(weight: Tensor, generator: torch.Generator | None) -> None:
@@ -69,6 +68,14 @@ def initialize(weight: Tensor, method: str, seed: int | None = None) -> None:
     full = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
     _INITIALIZERS[method](full, generator)
     full = full.to(weight.device, weight.dtype)
-    if isinstance(weight, DTensor):
-        full = distribute_tensor(full, weight.device_mesh, weight.placements, src_data_rank=None)
+    if hasattr(weight, "device_mesh"):
+        full = _shard_like(weight, full)
     weight.copy_(full)
+
+
+def _shard_like(weight: Tensor, full: Tensor) -> Tensor:
+    # Imported here because it costs half a second, which only a DTensor's user should pay.
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(weight, DTensor)
+    return distribute_tensor(full, weight.device_mesh, weight.placements, src_data_rank=None)

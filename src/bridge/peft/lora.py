@@ -30,6 +30,7 @@ from bridge.peft.module_matcher import (
     unwrap,
 )
 from bridge.peft.ops import choose_path
+from bridge.peft.orientation import features
 from bridge.peft.plan import Plan, PlanRow
 
 
@@ -181,12 +182,14 @@ class LoRA:
         module, weight = candidate.module, _weight(candidate)
         adapted = adapted_class(type(module))
         assert issubclass(adapted, LoRAMixin)
-        path = choose_path(weight, plain_linear=adapted.plain_forward, dropout=self.dropout)
+        plain = adapted.plain_forward and type(weight) in (Tensor, nn.Parameter)
+        path = choose_path(weight if plain else None, plain_linear=plain)
+        n_in, n_out = features(module)
         return PlanRow(
             fqn=candidate.fqn,
             base_type=type(module).__name__,
-            in_features=module.in_features,  # pyright: ignore[reportArgumentType]
-            out_features=module.out_features,  # pyright: ignore[reportArgumentType]
+            in_features=n_in,
+            out_features=n_out,
             dim=options.dim,
             alpha=options.alpha,
             scale=options.scale,

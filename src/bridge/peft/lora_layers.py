@@ -22,8 +22,9 @@ from bridge.peft.adaptable import check_adaptable, te_constructor_arguments
 from bridge.peft.adapter_wrapper import AdapterWrapper, split_base_result
 from bridge.peft.branch import BranchOptions, DropoutPosition, InitMethod
 from bridge.peft.errors import MissingExtraError, UnsupportedLinearError
-from bridge.peft.lora_mixin import LoRAMixin, add_branch
+from bridge.peft.lora_mixin import LoRAMixin, TransposedAdapter, add_branch
 from bridge.peft.ops import lora_linear
+from bridge.peft.orientation import is_transposed
 
 
 class LoRALinear(AdapterWrapper):
@@ -109,8 +110,8 @@ class LinearAdapter(LoRAMixin, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """`W x + b + scale · B A x`: (..., in_features) -> (..., out_features)."""
-        if self.merged or not self.adapter_enabled:
-            return nn.Linear.forward(self, x)
+        if self.merged or not self.adapter_enabled or not self.has_plain_base():
+            return super().forward(x)
         a, b = self.lora_a.weight, self.lora_b.weight
         p = self._dropout_now()
         return lora_linear(x, self.weight, self.bias, a, b, self.scale, p, self.dropout_position)
@@ -202,7 +203,8 @@ def patch_linear_module(
     """Adapt a linear in place; nothing of the base is copied or allocated, so `meta` is fine.
 
     Args:
-        orig_linear: An `nn.Linear`, a subclass of it (4-bit, 8-bit, a user's), or a `te.Linear`.
+        orig_linear: An `nn.Linear`, a subclass of it (4-bit, 8-bit, a user's), a `te.Linear`, or
+            transformers' `Conv1D`.
         dim: Rank of the update.
         alpha: Scaling numerator, `scale = alpha / dim`.
         dropout: Probability in [0, 1).
@@ -267,12 +269,13 @@ def adapted_class(base_type: type[nn.Module]) -> type[nn.Module]:
 
     Returns:
         `LinearAdapter` for `nn.Linear` itself, `TELinearAdapter` for `te.Linear`, else a class that
-        derives from `LinearAdapter` and from `base_type`.
+        derives from `base_type` and from `LinearAdapter`, or `TransposedAdapter` for a `Conv1D`.
     """
     if base_type is nn.Linear:
         return LinearAdapter
     if base_type is TELinear:
         return TELinearAdapter
+    adapter = TransposedAdapter if is_transposed(base_type) else LinearAdapter
     plain = base_type.forward is nn.Linear.forward
     namespace: dict[str, Any] = {
         "__module__": __name__,
@@ -283,7 +286,7 @@ def adapted_class(base_type: type[nn.Module]) -> type[nn.Module]:
     }
     if not plain:
         namespace["forward"] = LoRAMixin.forward
-    return type(f"{base_type.__name__}Adapter", (LinearAdapter, base_type), namespace)
+    return type(f"{base_type.__name__}Adapter", (adapter, base_type), namespace)
 
 
 def _reduce_by_base_type(self: LoRAMixin, protocol: int) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bridge.peft.branch import BranchOptions, DropoutPosition, InitMethod, LoRAMatrix
 from bridge.peft.ops import Path, choose_path, lora_add
+from bridge.peft.orientation import features
 
 _LORA_KEYS = ("lora_a.weight", "lora_b.weight")
 
@@ -78,13 +79,15 @@ class LoRAMixin(nn.Module):
 
     def lora_path(self) -> Path:
         """Say which path computes this layer, and why."""
-        return choose_path(
-            getattr(self, "weight", None),
-            self.lora_a.weight,
-            self.lora_b.weight,
-            plain_linear=self.plain_forward,
-            dropout=self._dropout_now(),
-        )
+        a, b = self.lora_a.weight, self.lora_b.weight
+        plain = self.has_plain_base()
+        weight: Tensor | None = self.weight if plain else None  # pyright: ignore
+        trains = a.requires_grad and b.requires_grad
+        return choose_path(weight, a, b, plain_linear=plain, trains_a_and_b=trains)
+
+    def has_plain_base(self) -> bool:
+        """Whether the base computes `F.linear` on plain tensors, not on a tensor subclass."""
+        return self.plain_forward and type(self.weight) in (Tensor, nn.Parameter)
 
     def oriented(self, weight: Tensor) -> Tensor:
         """`weight` as (out_features, in_features), or back; a base may store it transposed."""
@@ -165,11 +168,29 @@ class LoRAMixin(nn.Module):
         add_branch(obj, options)
 
 
+class TransposedAdapter(LoRAMixin):
+    """The branch over a linear whose weight is (in_features, out_features): GPT-2's `Conv1D`."""
+
+    @property
+    def in_features(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Width of the input."""
+        return features(self)[0]
+
+    @property
+    def out_features(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Width of the output."""
+        return features(self)[1]
+
+    def oriented(self, weight: Tensor) -> Tensor:
+        """`weight` as (out_features, in_features), or back."""
+        return weight.t()
+
+
 def add_branch(module: nn.Module, options: BranchOptions, seed: int | None = None) -> None:
     """Freeze a linear and give it A, B and their settings, in place; its class stays.
 
     Args:
-        module: A linear with `in_features`, `out_features` and `weight`.
+        module: A linear that can be adapted.
         options: The branch's options.
         seed: Seed for A, or None for torch's default CPU generator.
 
@@ -178,8 +199,7 @@ def add_branch(module: nn.Module, options: BranchOptions, seed: int | None = Non
     """
     weight: Tensor = module.weight  # pyright: ignore[reportAssignmentType]
     dtype = options.resolve_dtype(weight.dtype)
-    n_in: int = module.in_features  # pyright: ignore[reportAssignmentType]
-    n_out: int = module.out_features  # pyright: ignore[reportAssignmentType]
+    n_in, n_out = features(module)
     lora_a = LoRAMatrix(
         n_in, options.dim, options.lora_A_init_method, seed=seed, device=weight.device, dtype=dtype
     )

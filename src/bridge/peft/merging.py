@@ -16,6 +16,7 @@ from bridge.peft.errors import AdapterError
 from bridge.peft.lora_mixin import LoRAMixin
 from bridge.peft.module_matcher import adapted_modules, unwrap
 from bridge.peft.text_table import table
+from bridge.peft.whole_parameters import forget_tie, original_parameters
 
 #: Above this share of weights that stay the same, an update counts as lost.
 LOST = 0.5
@@ -223,6 +224,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     before = [(module, module.adapter_enabled) for _, module in modules]
     with ExitStack() as stack:
         stack.enter_context(encoder_fast_path(unwrap(model)))
+        stack.enter_context(original_parameters(unwrap(model)))
         for _, module in modules:
             if isinstance(module, LoRAMixin) and module.merged:
                 stack.enter_context(_base_weight_restored(module))
@@ -303,10 +305,7 @@ def _sharers(model: nn.Module, layer: LoRAMixin) -> list[str]:
 
 def _untie(model: nn.Module, layer: LoRAMixin) -> None:
     layer.weight = nn.Parameter(base_weight(layer).detach().clone(), requires_grad=False)
-    config = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", False):
-        # Otherwise saving and loading would tie the two again.
-        config.tie_word_embeddings = False  # pyright: ignore[reportOptionalMemberAccess]
+    forget_tie(model)
 
 
 def _check_finite(fqn: str, layer: LoRAMixin, dtype: torch.dtype) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from bridge.peft.ops.branch import Branch
-from bridge.peft.ops.dropout import draw_seed
+from bridge.peft.ops.dropout import SeededMask, draw_seed
 from bridge.peft.ops.fused import LoRAAddFunction, LoRALinearFunction
 from bridge.peft.ops.reference import add_branch, lora_branch_reference, lora_linear_reference
 
@@ -32,29 +34,32 @@ class Path:
 
 
 def choose_path(
-    *tensors: Tensor | None, plain_linear: bool = True, trains_a_and_b: bool = True
+    *tensors: Tensor | None,
+    plain_linear: bool = True,
+    trains_a_and_b: bool = True,
 ) -> Path:
     """Say which path computes a layer, and why.
 
     Args:
-        tensors: What the layer computes with, as far as it is known: in a call x and all
-            weights; ahead of it the base's weight alone, or nothing for a base that is not plain.
-        plain_linear: Whether the base is an ``nn.Linear`` with nothing special about it.
+        tensors: What the branch, and a plain base, compute with, as far as it is known: in a call
+            x and all weights; ahead of it the weights alone. Not the weight of another base.
+        plain_linear: Whether the base is ``F.linear(x, weight, bias)`` and nothing else.
         trains_a_and_b: Whether both A and B want gradients, or gradients are off altogether.
 
     Returns:
         The path, with its reason.
     """
-    given = [t for t in tensors if t is not None]
-    for t in given:
-        if type(t) not in (Tensor, torch.nn.Parameter):
+    for t in tensors:
+        if t is not None and type(t) not in (Tensor, torch.nn.Parameter):
             return Path("reference", f"{type(t).__name__} is a tensor subclass")
-        if t.dtype not in _FLOATS:
+        if t is not None and t.dtype not in _FLOATS:
             return Path("reference", f"{t.dtype} is not a dtype of the fast path")
+    if torch.compiler.is_compiling():
+        return Path("reference", "compiled: the compiler fuses the plain formula itself")
     if not trains_a_and_b:
-        return Path("reference", "A or B is frozen: autograd then saves less")
+        return Path("reference", "A or B is frozen, so the plain formula saves less")
     if _transformed():
-        return Path("reference", "inside a torch.func transform or forward-mode derivative")
+        return Path("reference", "inside a torch.func transform or a forward-mode derivative")
     if plain_linear:
         return Path("fused", "plain linear: the branch is added into its result")
     return Path("branch", "the base's own forward, then the branch")
@@ -85,11 +90,14 @@ def lora_linear(
     Returns:
         (..., out_features), in the dtype of ``F.linear(x, weight, bias)``; autocast included.
     """
-    tensors = _autocast(x, weight, bias, lora_a, lora_b)
-    if choose_path(*tensors, trains_a_and_b=_trains(lora_a, lora_b)).name == "reference":
-        return lora_linear_reference(*tensors, scale, dropout, dropout_position)
-    seed = draw_seed(x.device) if dropout > 0.0 else None
-    return LoRALinearFunction.apply(*tensors, seed, Branch(scale, dropout, dropout_position))
+    x, weight, bias, lora_a, lora_b = _autocast(x, weight, bias, lora_a, lora_b)
+    path = choose_path(x, weight, bias, lora_a, lora_b, trains_a_and_b=_trains(lora_a, lora_b))
+    if path.name == "reference":
+        drop = _reference_dropout(x, lora_b, dropout, dropout_position)
+        return lora_linear_reference(x, weight, bias, lora_a, lora_b, scale, *drop)
+    seed = draw_seed() if dropout > 0.0 else None
+    branch = Branch(scale, dropout, dropout_position)
+    return LoRALinearFunction.apply(x, weight, bias, lora_a, lora_b, seed, branch)
 
 
 def lora_add(
@@ -115,15 +123,16 @@ def lora_add(
     Returns:
         (..., out_features), in the dtype of ``base_out``.
     """
-    tensors = _autocast(x, lora_a, lora_b)
-    path = choose_path(
-        base_out, *tensors, plain_linear=False, trains_a_and_b=_trains(lora_a, lora_b)
-    )
+    x, lora_a, lora_b = _autocast(x, lora_a, lora_b)
+    trains = _trains(lora_a, lora_b)
+    path = choose_path(base_out, x, lora_a, lora_b, plain_linear=False, trains_a_and_b=trains)
     if path.name == "reference":
-        branch = lora_branch_reference(*tensors, scale, dropout, dropout_position)
-        return add_branch(base_out, branch)
-    seed = draw_seed(x.device) if dropout > 0.0 else None
-    return LoRAAddFunction.apply(base_out, *tensors, seed, Branch(scale, dropout, dropout_position))
+        drop = _reference_dropout(x, lora_b, dropout, dropout_position)
+        out = lora_branch_reference(x, lora_a, lora_b, scale, *drop)
+        return add_branch(base_out, out)
+    seed = draw_seed() if dropout > 0.0 else None
+    branch = Branch(scale, dropout, dropout_position)
+    return LoRAAddFunction.apply(base_out, x, lora_a, lora_b, seed, branch)
 
 
 def _trains(lora_a: Tensor, lora_b: Tensor) -> bool:
@@ -131,21 +140,29 @@ def _trains(lora_a: Tensor, lora_b: Tensor) -> bool:
     return not torch.is_grad_enabled() or (lora_a.requires_grad and lora_b.requires_grad)
 
 
+def _reference_dropout(
+    x: Tensor, lora_b: Tensor, dropout: float, position: str
+) -> tuple[float, str, Tensor | None]:
+    """What the reference drops: a fresh draw, or compiled the seeded mask, which fuses."""
+    if dropout == 0.0 or not torch.compiler.is_compiling():
+        return dropout, position, None
+    width = x.shape[-1] if position == "pre" else lora_b.shape[0]
+    mask = SeededMask(x.shape[:-1].numel(), width, dropout, x.device, seed=None)
+    kept = mask.block(slice(None)).bool().view(*x.shape[:-1], width)
+    return 1.0 - mask.keep_probability, position, kept
+
+
 def _transformed() -> bool:
     """Whether torch.func transforms or forward-mode derivatives are at work."""
-    if torch.compiler.is_compiling():
-        return False
-    forward_mode = torch.autograd.forward_ad._current_level >= 0
-    return forward_mode or torch._C._are_functorch_transforms_active()
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:
     """Cast what ``F.linear`` would cast under autocast, outside of the autograd function."""
-    device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return x, *others
+    dtype = torch.get_autocast_dtype(device)
     return tuple(
-        t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
-        for t in tensors
+        t.to(dtype) if t is not None and t.dtype in _FLOATS[:3] else t for t in (x, *others)
     )

@@ -35,12 +35,12 @@ class Branch:
     dropout: float
     position: str
 
-    def mask(self, seed: Tensor | None, x: Tensor, y: Tensor) -> SeededMask | None:
+    def mask(self, seed: int | None, x: Tensor, y: Tensor) -> SeededMask | None:
         """Return the mask of a call over x (tokens, in) and y (tokens, out), if it drops."""
         if seed is None:
             return None
         rows, columns = (x if self.position == "pre" else y).shape
-        return SeededMask(seed, rows, columns, self.dropout)
+        return SeededMask(rows, columns, self.dropout, x.device, seed)
 
     def factor(self, mask: SeededMask | None) -> float:
         """Return s, with dropout's rescaling folded in."""
@@ -48,7 +48,7 @@ class Branch:
 
 
 def add_branch_(
-    y: Tensor, x: Tensor, a: Tensor, b: Tensor, seed: Tensor | None, branch: Branch
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, seed: int | None, branch: Branch
 ) -> Tensor:
     """Add the branch into y in place and return h.
 
@@ -80,7 +80,7 @@ def branch_backward(
     a: Tensor,
     b: Tensor,
     h: Tensor,
-    seed: Tensor | None,
+    seed: int | None,
     branch: Branch,
     dx: Tensor | None,
 ) -> tuple[Tensor, Tensor]:

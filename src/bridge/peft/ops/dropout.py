@@ -1,9 +1,9 @@
-"""Seeded dropout whose mask is never stored: a hash of the seed and of each element's place.
+"""Seeded dropout whose mask is never stored: a hash of each element's place.
 
     keep[i, j] = ((rows[i] xor columns[j]) * multipliers[j]) >= threshold     (32-bit integers)
 
-Three small tables are hashed from one seed, three passes over a block in cache make its mask, and
-backward makes the same mask again. Given the columns' words, the elements of a column are as
+One seed gives three small tables, three passes over a block in cache make its mask, and backward
+makes the same mask again. Given the columns' words, the elements of a column are as
 independent as the words of ``rows``; given the rows' words, the elements of a row are as
 independent as the words of ``columns``; and two rows meet in a column like two draws, because the
 multiplier of a column is a random odd number (Dietzfelbinger's multiply-shift hashing, 1996).
@@ -19,13 +19,13 @@ _WORDS = 2**32
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def draw_seed(device: torch.device) -> Tensor:
-    """Draw one seed, an int64 of shape (1,), from the default generator of ``device``.
+def draw_seed() -> int:
+    """Draw the seed of one call from torch's default generator.
 
-    Drawn once per call, so ``torch.manual_seed`` and the saved generator state of activation
-    checkpointing reproduce the mask.
+    Drawn once per call, so ``torch.manual_seed`` and the generator state that activation
+    checkpointing restores reproduce the mask.
     """
-    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    return int(torch.randint(2**63 - 1, (1,)))
 
 
 class SeededMask:
@@ -36,9 +36,23 @@ class SeededMask:
             rounded to a multiple of 2^-32.
     """
 
-    def __init__(self, seed: Tensor, rows: int, columns: int, p: float) -> None:
-        """Hash the tables of a (rows, columns) mask with drop probability ``p`` from ``seed``."""
-        words = _hash(seed, rows + 2 * columns)
+    def __init__(
+        self, rows: int, columns: int, p: float, device: torch.device, seed: int | None
+    ) -> None:
+        """Draw the tables of a (rows, columns) mask with drop probability ``p``.
+
+        Args:
+            rows: Rows of the matrix.
+            columns: Columns of the matrix.
+            p: Probability in (0, 1) with which an element is dropped.
+            device: Where the matrix is.
+            seed: From `draw_seed`; None to draw the tables from the default generator.
+        """
+        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        shape = (rows + 2 * columns,)
+        words = torch.randint(
+            -(2**31), 2**31, shape, dtype=torch.int32, device=device, generator=generator
+        )
         self._rows = words[:rows].unsqueeze(1)
         self._columns = words[rows : rows + columns]
         self._multipliers = words[rows + columns :] | 1
@@ -76,13 +90,3 @@ def apply_(x: Tensor, mask: Tensor) -> Tensor:
 def consume_(mask: Tensor, x: Tensor) -> Tensor:
     """Return ``x`` with its dropped elements 0, written over ``mask``."""
     return mask.mul_(x.view(mask.dtype)).view(x.dtype)
-
-
-def _hash(seed: Tensor, count: int) -> Tensor:
-    """``count`` int32 words from one int64 seed: splitmix64's finaliser over a counter."""
-    z = torch.arange(1, count + 1, dtype=torch.int64, device=seed.device)
-    z = z.mul_(-0x61C8864680B583EB).add_(seed)
-    # torch shifts right with the sign: the mask makes the shift logical.
-    z = (z ^ (z >> 30 & (1 << 34) - 1)).mul_(-0x40A7B892E31B1A47)
-    z = (z ^ (z >> 27 & (1 << 37) - 1)).mul_(-0x6B2FB644ECCEEE15)
-    return (z >> 32).to(torch.int32)

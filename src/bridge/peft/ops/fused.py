@@ -28,27 +28,27 @@ class LoRALinearFunction(torch.autograd.Function):
         bias: Tensor | None,
         lora_a: Tensor,
         lora_b: Tensor,
-        seed: Tensor | None,
+        seed: int | None,
         branch: Branch,
     ) -> Tensor:
         """Return y, (..., out_features), in the dtype of the base's result."""
         y = F.linear(x, weight, bias).contiguous()
         h = add_branch_(_rows(y), _rows(x), lora_a, lora_b, seed, branch)
-        ctx.save_for_backward(x, weight, bias, lora_a, lora_b, h, seed)
-        ctx.branch = branch
+        ctx.save_for_backward(x, weight, bias, lora_a, lora_b, h)
+        ctx.seed, ctx.branch = seed, branch
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Return the gradients of what needs them."""
-        x, weight, bias, lora_a, lora_b, h, seed = ctx.saved_tensors
+        x, weight, bias, lora_a, lora_b, h = ctx.saved_tensors
         if torch.is_grad_enabled():
             inputs = (x, weight, bias, lora_a, lora_b)
-            return *_differentiable(lora_linear_reference, inputs, dy, seed, ctx), None, None
+            return *_differentiable(lora_linear_reference, inputs, dy, ctx), None, None
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         x_rows, dy_rows = _rows(x), _rows(dy).contiguous()
         dx = dy_rows @ weight if needs_x else None
-        da, db = branch_backward(dy_rows, x_rows, lora_a, lora_b, h, seed, ctx.branch, dx)
+        da, db = branch_backward(dy_rows, x_rows, lora_a, lora_b, h, ctx.seed, ctx.branch, dx)
         dw = dy_rows.t() @ x_rows if needs_weight else None
         dbias = dy_rows.sum(0) if needs_bias else None
         return None if dx is None else dx.view(x.shape), dw, dbias, da, db, None, None
@@ -64,27 +64,27 @@ class LoRAAddFunction(torch.autograd.Function):
         x: Tensor,
         lora_a: Tensor,
         lora_b: Tensor,
-        seed: Tensor | None,
+        seed: int | None,
         branch: Branch,
     ) -> Tensor:
         """Return y, of the shape and dtype of ``base_out``."""
         y = base_out.clone(memory_format=torch.contiguous_format)
         h = add_branch_(_rows(y), _rows(x), lora_a, lora_b, seed, branch)
-        ctx.save_for_backward(x, lora_a, lora_b, h, seed)
-        ctx.branch = branch
+        ctx.save_for_backward(x, lora_a, lora_b, h)
+        ctx.seed, ctx.branch = seed, branch
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Return the gradients of what needs them."""
-        x, lora_a, lora_b, h, seed = ctx.saved_tensors
+        x, lora_a, lora_b, h = ctx.saved_tensors
         if torch.is_grad_enabled():
             inputs = (None, x, lora_a, lora_b)
-            _, *grads = _differentiable(_branch_alone, inputs, dy, seed, ctx)
+            _, *grads = _differentiable(_branch_alone, inputs, dy, ctx)
             return dy, *grads, None, None
         x_rows, dy_rows = _rows(x), _rows(dy).contiguous()
         dx = torch.zeros_like(x_rows) if ctx.needs_input_grad[1] else None
-        da, db = branch_backward(dy_rows, x_rows, lora_a, lora_b, h, seed, ctx.branch, dx)
+        da, db = branch_backward(dy_rows, x_rows, lora_a, lora_b, h, ctx.seed, ctx.branch, dx)
         return dy, None if dx is None else dx.view(x.shape), da, db, None, None
 
 
@@ -102,13 +102,12 @@ def _differentiable(
     formula: Callable[..., Tensor],
     inputs: Sequence[Tensor | None],
     dy: Tensor,
-    seed: Tensor | None,
     ctx: Any,
 ) -> list[Tensor | None]:
     """The gradients by the reference formula, so that they can be differentiated again."""
     branch: Branch = ctx.branch
     x = next(t for t in inputs if t is not None)
-    mask = branch.mask(seed, _rows(x), _rows(dy))
+    mask = branch.mask(ctx.seed, _rows(x), _rows(dy))
     p, kept = 0.0, None
     if mask is not None:
         p = 1.0 - mask.keep_probability

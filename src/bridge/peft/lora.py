@@ -223,13 +223,20 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Returns:
         `{"….q_proj.lora_a.weight": (dim, in_features), "….lora_b.weight": (out_features, dim), …}`,
-        detached, sharing storage with the model; empty if nothing is adapted.
+        detached, sharing storage with the model; empty if nothing is adapted. Sharded tensors
+        (FSDP2) are gathered whole, so every rank must call.
     """
     return {
-        f"{fqn}.{name}".lstrip("."): parameter.detach()
+        f"{fqn}.{name}".lstrip("."): whole(parameter.detach())
         for fqn, module in adapted_modules(model)
         for name, parameter in module.adapter_parameters().items()
     }
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a DTensor (a collective: every rank must call), else `tensor` itself."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
 
 
 def _entries(recipe: LoRA, name: str) -> str | tuple[str, ...]:

@@ -1,0 +1,58 @@
+"""FSDP2 over two processes: adapt on meta, shard, materialise, train; same numbers as one process."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from bridge.peft import LoRA, adapter_state_dict
+
+RECIPE = LoRA(dim=4, seed=1)
+
+
+def body():
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+
+
+def shard_and_compare(rank, directory):
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_tensor
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+    dist.init_process_group(
+        "gloo", rank=rank, world_size=2, init_method=f"file://{directory}/rendezvous"
+    )
+    torch.manual_seed(0)
+    whole = RECIPE(body())
+    with torch.device("meta"):
+        sharded = body()
+    RECIPE(sharded)
+    mesh = dist.init_device_mesh("cpu", (2,))
+    fully_shard(sharded[0], mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    sharded.to_empty(device="cpu")
+
+    for name, tensor in adapter_state_dict(sharded).items():
+        assert torch.equal(tensor, adapter_state_dict(whole)[name]), name
+    with torch.no_grad():
+        for layer in (whole[0], whole[2]):
+            layer.lora_b.weight.normal_()
+        for shard, tensor in zip(sharded.parameters(), whole.parameters(), strict=True):
+            shard.copy_(distribute_tensor(tensor.data, shard.device_mesh, shard.placements))
+    x = torch.randn(4, 8)
+    sharded(x).square().mean().backward()
+    whole(x).square().mean().backward()
+    for shard, tensor in zip(sharded.parameters(), whole.parameters(), strict=True):
+        assert shard.requires_grad == tensor.requires_grad
+        if tensor.grad is not None:
+            torch.testing.assert_close(shard.grad.full_tensor(), tensor.grad)
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_fsdp2_from_meta_computes_what_one_process_computes(tmp_path):
+    mp.spawn(shard_and_compare, args=(str(tmp_path),), nprocs=2)

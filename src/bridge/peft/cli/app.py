@@ -7,6 +7,7 @@ does not pay for torch.
 from __future__ import annotations
 
 import errno
+import functools
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -28,6 +29,10 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
 
+class _Interrupted(Exception):
+    """Ctrl-C, under a name that typer does not swallow."""
+
+
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; see `bridge.peft.cli.main`."""
     command = typer.main.get_command(_build_app(_requested(arguments)))
@@ -45,8 +50,8 @@ def run(arguments: list[str]) -> int:
         if isinstance(error, PermissionError):
             return _fail(f"permission denied{_of(error)}; pass a directory you may write to")
         raise
-    except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted before there was anything to keep", code=130)
+    except _Interrupted:
+        return _fail("interrupted", code=130)
 
 
 def _build_app(requested: str | None) -> typer.Typer:
@@ -64,12 +69,23 @@ def _build_app(requested: str | None) -> typer.Typer:
     app.callback()(_root)
     for name, summary in COMMANDS.items():
         command = _load(name) if name == requested else _not_loaded
-        app.command(name, short_help=summary)(command)
+        app.command(name, short_help=summary)(_interruptible(command))
     return app
 
 
 def _load(name: str) -> Callable[..., Any]:
     return import_module(f"bridge.peft.cli.{name}").command
+
+
+def _interruptible(command: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(command)
+    def run_command(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except KeyboardInterrupt:
+            raise _Interrupted from None
+
+    return run_command
 
 
 def _not_loaded() -> None:

@@ -124,7 +124,7 @@ def _check_values(row: Row, shape: Shape) -> None:
             _check_messages(row.where, value)
         elif not isinstance(value, str):
             raise AdapterError(
-                f'{row.where} has a {type(value).__name__} in "{name}"; write a string'
+                f'{row.where} has "{name}" of type {type(value).__name__}; write a string'
             )
         elif not value and name == "text":
             raise AdapterError(f'{row.where} has an empty "text"; remove the line')

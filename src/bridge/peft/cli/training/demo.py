@@ -18,7 +18,7 @@ from bridge.peft import disable_adapters
 from bridge.peft.cli.models import load_model, load_tokenizer
 from bridge.peft.cli.training.prepare import base_dtype
 from bridge.peft.cli.training.record import RunSpec
-from bridge.peft.cli.training.run import finish, say_how_to_resume, train
+from bridge.peft.cli.training.run import exit_code_of_stopped, finish, train
 from bridge.peft.demo import (
     DEMO_AFTER_AT_LEAST,
     DEMO_BEFORE_AT_MOST,
@@ -29,19 +29,25 @@ from bridge.peft.demo import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 _SAMPLES_SHOWN = 5
 _SMALL_SHARE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Answers:
-    """What a model answers: shares in 0..1, and the logits of the digits task's prompts."""
+class _Words:
+    """The task to learn: the share of right answers in 0..1, and the first few answers."""
 
-    words: float
-    digits: float
+    right: float
     shown: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Digits:
+    """The base task: the share of right answers in 0..1, and the logits on its questions."""
+
+    right: float
     logits: Tensor
 
 
@@ -56,78 +62,87 @@ def train_demo(
     started = time.perf_counter()
     console.print("The base model answers 17+25= with 42. LoRA teaches it to answer forty-two.")
     tokenizer = load_tokenizer(spec.model)
-    before = _measure(load_model(spec.model, base_dtype(spec.options)), tokenizer)
+    base = load_model(spec.model, base_dtype(spec.options))
+    base_words, base_digits = _measure_words(base, tokenizer), _measure_digits(base, tokenizer)
     outcome = train(spec, output, console, resume=resume, overwrite=overwrite)
     if outcome.metrics is None:
-        return say_how_to_resume(outcome, output, console)
-    after = _measure(outcome.model, tokenizer)
+        return exit_code_of_stopped(outcome, output, console)
+    words = _measure_words(outcome.model, tokenizer)
     with disable_adapters(outcome.model):
-        disabled = _measure(outcome.model, tokenizer)
-    figures = _figures(before, after, disabled, outcome.metrics)
-    demo = {
-        "exact_match_before": before.words,
-        "exact_match_after": after.words,
-        "base_task_before": before.digits,
-        "base_task_disabled": disabled.digits,
-        "base_logits_bit_exact": torch.equal(before.logits, disabled.logits),
+        digits = _measure_digits(outcome.model, tokenizer)
+    figures = {
+        "exact_match_before": base_words.right,
+        "exact_match_after": words.right,
+        "base_task_before": base_digits.right,
+        "base_task_adapters_disabled": digits.right,
+        "base_logits_bit_for_bit": torch.equal(base_digits.logits, digits.logits),
         "seconds_in_all": time.perf_counter() - started,
     }
-    finish(spec, {**outcome.metrics, "demo": demo}, output, console)
-    _print_samples(console, before, after)
-    return _print_figures(console, figures, time.perf_counter() - started)
+    metrics = {**outcome.metrics, "demo": figures}
+    _print_samples(console, base_words, words)
+    failed = _print_promises(console, metrics)
+    finish(spec, metrics, output, console)
+    seconds = time.perf_counter() - started
+    if failed:
+        console.print(f"The demo failed in {seconds:.0f} s: {'; '.join(failed)}.", style="red")
+        return 1
+    console.print(f"The demo holds what it promises, in {seconds:.0f} s.", style="green")
+    return 0
 
 
-def _measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> _Answers:
-    words, shown = exact_match(model, tokenizer, _held_out_words())
-    digits, _ = exact_match(model, tokenizer, _held_out_digits())
-    prompts = [row["prompt"] for row in _held_out_digits()]
-    model.eval()
+def _measure_words(model: PreTrainedModel, tokenizer: Any) -> _Words:
+    right, answers = exact_match(model, tokenizer, _held_out_words())
+    return _Words(right=right, shown=answers[:_SAMPLES_SHOWN])
+
+
+def _measure_digits(model: PreTrainedModel, tokenizer: Any) -> _Digits:
+    rows = digit_examples("held_out", DEMO_EXAMPLES["held_out"])
+    right, _ = exact_match(model, tokenizer, rows)
+    prompts = [row["prompt"] for row in rows]
     inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+    model.eval()
     with torch.no_grad():
         logits = model(**inputs.to(model.device)).logits
-    return _Answers(words=words, digits=digits, shown=shown[:_SAMPLES_SHOWN], logits=logits)
+    return _Digits(right=right, logits=logits)
 
 
 def _held_out_words() -> Sequence[dict[str, str]]:
     return word_examples("held_out", DEMO_EXAMPLES["held_out"])
 
 
-def _held_out_digits() -> Sequence[dict[str, str]]:
-    return digit_examples("held_out", DEMO_EXAMPLES["held_out"])
-
-
-def _figures(
-    before: _Answers, after: _Answers, disabled: _Answers, metrics: dict[str, Any]
-) -> list[tuple[str, str, bool]]:
-    """What the demo promises: a name, what was measured, whether it holds."""
+def _promises(metrics: dict[str, Any]) -> list[tuple[str, str, bool]]:
+    """What the demo promises: a figure's name, what was measured, whether it holds."""
+    demo = metrics["demo"]
+    before, after = demo["exact_match_before"], demo["exact_match_after"]
+    base, disabled = demo["base_task_before"], demo["base_task_adapters_disabled"]
+    same = demo["base_logits_bit_for_bit"]
     share = metrics["trainable_parameters"] / metrics["model_parameters"]
-    same = torch.equal(before.logits, disabled.logits)
     return [
         (
-            f"in words before, at most {DEMO_BEFORE_AT_MOST:.0%} right",
-            f"{before.words:.1%}",
-            before.words <= DEMO_BEFORE_AT_MOST,
+            f"right in words before: at most {DEMO_BEFORE_AT_MOST:.0%}",
+            f"{before:.1%}",
+            before <= DEMO_BEFORE_AT_MOST,
         ),
         (
-            f"in words after, at least {DEMO_AFTER_AT_LEAST:.0%} right",
-            f"{after.words:.1%}",
-            after.words >= DEMO_AFTER_AT_LEAST,
+            f"right in words after: at least {DEMO_AFTER_AT_LEAST:.0%}",
+            f"{after:.1%}",
+            after >= DEMO_AFTER_AT_LEAST,
         ),
         (
-            "in digits with the adapter disabled, as before",
-            f"{before.digits:.1%} and {disabled.digits:.1%}",
-            before.digits == disabled.digits,
+            "right in digits, adapters disabled: as before",
+            f"{base:.1%}, then {disabled:.1%}",
+            base == disabled,
         ),
-        ("logits with the adapter disabled, as before", "bit for bit" if same else "differ", same),
         (
-            f"adapter below {_SMALL_SHARE:.0%} of the parameters",
-            f"{share:.1%}",
-            share < _SMALL_SHARE,
+            "logits, adapters disabled: as before",
+            "bit for bit the same" if same else "not the same",
+            same,
         ),
+        (f"adapter: below {_SMALL_SHARE:.0%} of the model", f"{share:.1%}", share < _SMALL_SHARE),
     ]
 
 
-def _print_samples(console: Console, before: _Answers, after: _Answers) -> None:
+def _print_samples(console: Console, before: _Words, after: _Words) -> None:
     table = Table(title="Held-out questions", title_justify="left")
     for name in ("question", "before", "after", "right answer"):
         table.add_column(name)
@@ -137,16 +152,13 @@ def _print_samples(console: Console, before: _Answers, after: _Answers) -> None:
     console.print(table)
 
 
-def _print_figures(console: Console, figures: list[tuple[str, str, bool]], seconds: float) -> int:
+def _print_promises(console: Console, metrics: dict[str, Any]) -> list[str]:
+    """Print the table and return the names of the figures that do not hold."""
+    promises = _promises(metrics)
     table = Table(title="What the demo promises", title_justify="left")
     for name in ("figure", "measured", ""):
         table.add_column(name)
-    for name, measured, holds in figures:
+    for name, measured, holds in promises:
         table.add_row(name, measured, Text("holds", "green") if holds else Text("fails", "red"))
     console.print(table)
-    failed = [name for name, _, holds in figures if not holds]
-    if failed:
-        console.print(f"The demo failed: {'; '.join(failed)} ({seconds:.0f} s).", style="red")
-        return 1
-    console.print(f"The demo holds what it promises, in {seconds:.0f} s.", style="green")
-    return 0
+    return [name for name, _, holds in promises if not holds]

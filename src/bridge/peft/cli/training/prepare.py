@@ -87,7 +87,9 @@ def prepare(spec: RunSpec) -> Prepared:
         samples = tokenize(rows, shape, tokenizer, template)
         _check_vocabulary(samples, config, spec.model)
         if samples:
-            samples, note = fit_length(samples, limit, spec.options.on_long)
+            samples, note = fit_length(
+                samples, limit, spec.options.on_long, limit=length_limit(config)
+            )
             notes += [note] if note else []
         splits.append(samples)
     train, evaluation = splits

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import resource
+import shlex
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +17,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from bridge.peft.cli.app import COMMANDS
 from bridge.peft.cli.training.record import write_atomically
 
 _PACKAGES = ("bridge-peft", "torch", "transformers", "trl", "accelerate", "safetensors")
@@ -83,12 +85,11 @@ def print_summary(console: Console, output: Path, metrics: dict[str, Any], model
         table.add_row(name, value)
     console.print(table)
     console.print("What next:", style="bold")
-    for line in (
-        f"  bridge-peft inspect {output}",
-        f"  bridge-peft merge --model {model} --adapter {output} --output {output}-merged",
-        f"  tensorboard --logdir {output / 'logs'}",
-    ):
-        console.print(line)
+    here, base = shlex.quote(str(output)), shlex.quote(model)
+    console.print(f"  bridge-peft inspect {here}")
+    if "merge" in COMMANDS:
+        console.print(f"  bridge-peft merge --model {base} --adapter {here} --output {here}-merged")
+    console.print(f"  tensorboard --logdir {here}/logs")
     console.print("In Python, with PEFT:", style="bold")
     for line in (
         f'  base = transformers.AutoModelForCausalLM.from_pretrained("{model}")',

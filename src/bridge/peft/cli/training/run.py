@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -124,7 +125,7 @@ def train_and_report(
     """
     outcome = train(spec, output, console, resume=resume, overwrite=overwrite)
     if outcome.metrics is None:
-        return say_how_to_resume(outcome, output, console)
+        return exit_code_of_stopped(outcome, output, console)
     finish(spec, outcome.metrics, output, console)
     return 0
 
@@ -136,14 +137,18 @@ def finish(spec: RunSpec, metrics: dict[str, Any], output: Path, console: Consol
     print_summary(console, output, metrics, spec.model)
 
 
-def say_how_to_resume(outcome: Outcome, output: Path, console: Console) -> int:
-    """Tell what was kept of a stopped run; return its exit code."""
+def exit_code_of_stopped(outcome: Outcome, output: Path, console: Console) -> int:
+    """Tell what was kept of a stopped run; return 128 + the number of the signal."""
     assert outcome.signal is not None
+    _say_how_to_resume(output, console)
+    return 128 + outcome.signal
+
+
+def _say_how_to_resume(output: Path, console: Console) -> None:
     console.print(
         f"Stopped; kept {checkpoints(output)[-1].name}. Continue with: "
-        f"bridge-peft finetune --resume --output {output}"
+        f"bridge-peft finetune --resume --output {shlex.quote(str(output))}"
     )
-    return 128 + outcome.signal
 
 
 def _adapt(model: PreTrainedModel, spec: RunSpec, dtype: torch.dtype, console: Console) -> None:
@@ -205,6 +210,10 @@ def _run(
     try:
         with stop:
             trainer.train(resume_from_checkpoint=str(start) if start else None)
+    except KeyboardInterrupt:  # the second Ctrl-C
+        if checkpoints(output):
+            _say_how_to_resume(output, console)
+        raise
     finally:
         progress.close()
     seconds = time.perf_counter() - begun

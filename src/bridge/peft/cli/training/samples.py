@@ -78,9 +78,15 @@ def has_target(sample: Sample) -> bool:
 
 
 def fit_length(
-    samples: list[Sample], max_length: int, on_long: OnLong
+    samples: list[Sample], max_length: int, on_long: OnLong, *, limit: int | None = None
 ) -> tuple[list[Sample], str | None]:
     """Bring every sample to at most `max_length` tokens, never silently.
+
+    Args:
+        samples: as tokenized.
+        max_length: most tokens in a sample.
+        on_long: what to do with longer ones.
+        limit: most tokens that the model can take, where known; only for the message.
 
     Returns:
         The samples that remain, and a line that says what was done (None if nothing was).
@@ -94,10 +100,11 @@ def fit_length(
     longest = max(too_long, key=lambda sample: len(sample.input_ids))
     size = len(longest.input_ids)
     count = f"{len(too_long)} of {len(samples)} samples are longer than {max_length} tokens"
+    longer = f"--max-length {size}" if limit is None or size <= limit else "shorter samples"
     if on_long == "error":
         raise AdapterError(
-            f"{count}, the longest has {size} ({longest.where}); pass --max-length {size}, "
-            "--on-long truncate or --on-long drop"
+            f"{count}, the longest has {size} ({longest.where}); pass {longer}, --on-long truncate "
+            "or --on-long drop"
         )
     if on_long == "truncate":
         samples = [_cut(sample, max_length) for sample in samples]
@@ -105,7 +112,7 @@ def fit_length(
         samples = [sample for sample in samples if len(sample.input_ids) <= max_length]
     kept = [sample for sample in samples if has_target(sample)]
     if not kept:
-        raise AdapterError(f"{count} and none would be left; pass --max-length {size}")
+        raise AdapterError(f"{count} and none would be left; pass {longer}")
     done = "cut" if on_long == "truncate" else "dropped"
     lost = len(samples) - len(kept)
     note = f"; {lost} of them lost every token to learn and were dropped" if lost else ""

@@ -1,0 +1,73 @@
+"""A tiny model with a character tokenizer, data files, and the command run in this process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from bridge.peft.cli import main
+
+SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}:{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] }}<eos>{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}\n"
+    "{% endfor %}"
+)
+UNMARKED_TEMPLATE = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}\n{% endfor %}"
+
+
+def char_tokenizer(**more: Any) -> PreTrainedTokenizerFast:
+    vocabulary = {c: i for i, c in enumerate([*SPECIAL, *map(chr, range(32, 127)), "\n"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    names = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>", **more}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def save_tiny_model(path: Path, *, seed: int = 0, template: str | None = None, **more: Any) -> Path:
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(path)
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        **{
+            "vocab_size": 100,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            **more,
+        }
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def sums(count: int) -> list[dict[str, str]]:
+    return [{"prompt": f"{i % 7}+{i % 5}=", "completion": str(i % 7 + i % 5)} for i in range(count)]
+
+
+def finetune(*arguments: object) -> int:
+    return main(["finetune", *map(str, arguments)])
+
+
+def files_in(directory: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }

@@ -1,0 +1,102 @@
+"""The root command is quick, lists every command, and turns each user error into one line."""
+
+import errno
+import subprocess
+import sys
+import time
+
+import pytest
+
+from bridge.peft import __version__, cli
+from bridge.peft.cli import app, main
+
+
+def test_root_help_takes_less_than_a_second_and_imports_no_torch():
+    probe = (
+        "import sys, bridge.peft.cli as c; code = c.main(['--help']); "
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules; sys.exit(code)"
+    )
+    started = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    seconds = time.perf_counter() - started
+    assert result.returncode == 0, result.stderr
+    assert seconds < 1
+    for name, summary in app.COMMANDS.items():
+        assert name in result.stdout and summary.split(";")[0] in result.stdout
+
+
+def test_version_is_the_package_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"bridge-peft {__version__}\n"
+
+
+def test_module_runs_as_the_command(monkeypatch):
+    result = subprocess.run(
+        [sys.executable, "-m", "bridge.peft", "--version"], capture_output=True, text=True
+    )
+    assert result.returncode == 0 and __version__ in result.stdout
+
+
+@pytest.mark.parametrize("name", app.COMMANDS)
+def test_help_of_each_command_carries_an_example(name, capsys):
+    assert main([name, "--help"]) == 0
+    assert f"Example: bridge-peft {name} " in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["plam"], "Did you mean 'plan'"),
+        (["plan"], "Missing option '--model'"),
+        (["plan", "--model", "x", "--dimm", "3"], "--dimm"),
+        (["plan", "--model", "x", "--dim", "three"], "Invalid value for '--dim'"),
+        (["inspect"], "Missing argument"),
+    ],
+)
+def test_wrong_words_are_one_line_with_where_to_look(arguments, said, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("error: ")
+    assert said in error and "See: bridge-peft" in error and "--help" in error
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "out/x"), 2, "no space left on the disk"),
+        (PermissionError(errno.EACCES, "denied", "out/x"), 2, "permission denied: out/x"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(raised, code, said, capsys, monkeypatch):
+    def command() -> None:
+        raise raised
+
+    monkeypatch.setattr(app, "_load", lambda name: command)
+    assert main(["plan"]) == code
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_our_own_mistakes_keep_their_traceback(monkeypatch):
+    def command() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(app, "_load", lambda name: command)
+    with pytest.raises(ZeroDivisionError):
+        main(["plan"])
+
+
+def test_other_operating_system_errors_are_not_hidden(monkeypatch):
+    def command() -> None:
+        raise OSError(errno.EIO, "input/output error")
+
+    monkeypatch.setattr(app, "_load", lambda name: command)
+    with pytest.raises(OSError, match="input/output"):
+        main(["plan"])
+
+
+def test_missing_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "typer", None)
+    assert cli.main(["--help"]) == 2
+    assert "pip install 'bridge-peft[finetune]'" in capsys.readouterr().err

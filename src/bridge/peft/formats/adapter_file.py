@@ -14,14 +14,18 @@ from torch import Tensor
 from bridge.peft.errors import AdapterFileError
 from bridge.peft.formats.atomic import current_path, write_files
 from bridge.peft.formats.peft_config import PeftConfig, parse_config, scale_of
-from bridge.peft.formats.peft_targets import pattern_value
 from bridge.peft.formats.safetensors_file import read_tensors, serialize
+from bridge.peft.formats.side_file import check_side_file
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 EXTRA_NAME = "bridge_adapter.json"
 KEY_PREFIX = "base_model.model."
 _SUFFIXES = (".lora_A.weight", ".lora_B.weight")
+_BASE_BIAS = ".base_layer.bias"
+#: Saved by PEFT without a word in the config, when the vocabulary was resized.
+_EMBEDDINGS = frozenset(("embed_tokens", "lm_head", "wte", "shared", "word_embeddings"))
+MAX_NAME_LENGTH = 1_000
 _MAX_JSON_BYTES = 64_000_000
 
 
@@ -51,13 +55,18 @@ class AdapterFile:
         """
         return parse_config(self.config)
 
+    @cached_property
+    def _alphas(self) -> dict[str, float]:
+        pattern, default = self.parsed.alpha_pattern, self.parsed.lora_alpha
+        return {fqn: pattern.value(fqn, default) for fqn in self.tensors}
+
     def rank(self, fqn: str) -> int:
         """The rank of one module: that of its tensors."""
         return self.tensors[fqn][0].shape[0]
 
     def alpha(self, fqn: str) -> float:
         """The alpha of one module, the config's pattern applied."""
-        return pattern_value(self.parsed.alpha_pattern, fqn, self.parsed.lora_alpha)
+        return self._alphas[fqn]
 
     def scale(self, fqn: str) -> float:
         """The factor before B A x of one module."""
@@ -83,6 +92,7 @@ def read_adapter(directory: str | Path) -> AdapterFile:
     extra: dict[str, Any] = {}
     if current_path(directory, EXTRA_NAME).is_file():
         extra = _read_json(_checked_path(directory, EXTRA_NAME))
+        check_side_file(extra)
     tensors, whole = split_keys(read_tensors(_checked_path(directory, TENSORS_NAME)), parsed)
     adapter = AdapterFile(config=config, tensors=tensors, extra=extra, whole=whole)
     for fqn, (a, b) in tensors.items():
@@ -104,7 +114,7 @@ def write_adapter(adapter: AdapterFile, directory: str | Path) -> Path:
         AdapterFileError: The directory cannot be written to; what it held is still there.
     """
     directory = Path(directory)
-    tensors = {KEY_PREFIX + key: tensor for key, tensor in adapter.whole.items()}
+    tensors = {_whole_key(name, adapter): tensor for name, tensor in adapter.whole.items()}
     for fqn, pair in adapter.tensors.items():
         for suffix, tensor in zip(_SUFFIXES, pair, strict=True):
             tensors[f"{KEY_PREFIX}{fqn}{suffix}"] = tensor
@@ -137,18 +147,20 @@ def split_keys(
         AdapterFileError: A key is none of these, or one of A and B is missing.
     """
     halves: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-    whole: dict[str, Tensor] = {}
+    rest: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(KEY_PREFIX)
+        if name == key or len(name) > MAX_NAME_LENGTH:
+            raise AdapterFileError(
+                f"{TENSORS_NAME} holds {key[:80]!r}, which is no name below {KEY_PREFIX!r}; if "
+                "another tool wrote it, bridge-peft convert may read it"
+            )
         for half, suffix in zip(halves, _SUFFIXES, strict=True):
-            if name.endswith(suffix) and name != key:
+            if name.endswith(suffix):
                 half[name.removesuffix(suffix)] = tensor
                 break
         else:
-            raise AdapterFileError(
-                f"{TENSORS_NAME} holds {key!r}, which is no LoRA tensor "
-                f"({KEY_PREFIX}<module>.lora_A.weight or .lora_B.weight)"
-            )
+            rest[name] = tensor
     for (letter, half), other in zip(zip("AB", halves, strict=True), reversed(halves), strict=True):
         if single := sorted(half.keys() - other.keys()):
             raise AdapterFileError(
@@ -156,11 +168,39 @@ def split_keys(
             )
     if not halves[0]:
         raise AdapterFileError(f"{TENSORS_NAME} holds no LoRA tensor; save the adapter again")
+    whole: dict[str, Tensor] = {}
+    for name, tensor in rest.items():
+        fqn = name.removesuffix(_BASE_BIAS)
+        name = f"{fqn}.bias" if fqn != name and fqn in halves[0] else name
+        if not _is_declared(name, config):
+            raise AdapterFileError(
+                f"{TENSORS_NAME} holds {name!r}, which is neither an A or B of a linear nor "
+                "covered by modules_to_save or bias; remove it, or name its module there"
+            )
+        whole[name] = tensor
     return {fqn: (halves[0][fqn], halves[1][fqn]) for fqn in halves[0]}, whole
 
 
+def _is_declared(name: str, config: PeftConfig) -> bool:
+    """Whether the config accounts for a tensor that is no A or B."""
+    if config.bias != "none" and name.endswith(".bias"):
+        return True
+    parts = name.split(".")
+    owners = [".".join(parts[:i]) for i in range(1, len(parts))]
+    # PEFT takes the ends of names as they are, dots or not
+    if any(owner.endswith(saved) for owner in owners for saved in config.modules_to_save):
+        return True
+    return len(parts) > 1 and parts[-2] in _EMBEDDINGS and parts[-1] == "weight"
+
+
+def _whole_key(name: str, adapter: AdapterFile) -> str:
+    fqn = name.removesuffix(".bias")
+    adapted = fqn != name and fqn in adapter.tensors
+    return KEY_PREFIX + (fqn + _BASE_BIAS if adapted else name)
+
+
 def _check_shapes(config: PeftConfig, fqn: str, a: Tensor, b: Tensor) -> None:
-    rank = pattern_value(config.rank_pattern, fqn, config.r)
+    rank = config.rank_pattern.value(fqn, config.r)
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != rank or b.shape[1] != rank:
         raise AdapterFileError(
             f"{fqn}: the config gives it rank {rank}, the file A {tuple(a.shape)} and B "

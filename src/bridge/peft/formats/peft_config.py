@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from bridge.peft.errors import AdapterFileError
-from bridge.peft.formats.safe_regex import check_regex
+from bridge.peft.formats.names import NameEnds, NameMatcher, NameRegex, Pattern
+from bridge.peft.formats.safe_regex import BoundedRegex, Budget
 
 #: Largest rank that a file may ask for.
 MAX_RANK = 65_536
 #: Most entries that a list or a pattern of the config may have.
-MAX_ENTRIES = 100_000
+MAX_ENTRIES = 20_000
+_MAX_LAYER = 100_000
 
 #: Fields that change nothing about the function of the adapter.
 _IGNORED = frozenset(
@@ -54,29 +57,29 @@ class PeftConfig:
     Attributes:
         r: Rank where `rank_pattern` says nothing.
         lora_alpha: Alpha where `alpha_pattern` says nothing.
+        targets: Which modules are adapted; None for `"all-linear"`.
         lora_dropout: Probability that an element of a branch's input is dropped.
         use_rslora: `scale = alpha / sqrt(r)`.
-        target_modules: Names, or one regex, or `"all-linear"`.
-        exclude_modules: Names or one regex.
+        excluded: Which modules are not.
         layers_to_transform: Indices of the layers to adapt; None for all.
-        layers_pattern: Names of the module lists that hold the layers.
+        layers_pattern: Names, of dotted parts, of the module lists that hold the layers.
         rank_pattern: Ranks by regex on the end of the name.
         alpha_pattern: Alphas likewise.
-        modules_to_save: Names of modules that are saved whole.
+        modules_to_save: Ends of the names of modules that are saved whole.
         bias: `"none"`, `"lora_only"` or `"all"`: which biases the file holds.
         fan_in_fan_out: Whether the base stores its weights as (in_features, out_features).
     """
 
     r: int
     lora_alpha: float
-    target_modules: str | tuple[str, ...]
+    targets: NameMatcher | None
+    rank_pattern: Pattern[int]
+    alpha_pattern: Pattern[float]
     lora_dropout: float = 0.0
     use_rslora: bool = False
-    exclude_modules: str | tuple[str, ...] = ()
+    excluded: NameMatcher = field(default_factory=NameEnds)
     layers_to_transform: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] = ()
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
     bias: str = "none"
     fan_in_fan_out: bool = False
@@ -100,23 +103,42 @@ def parse_config(config: Any) -> PeftConfig:
         )
     _refuse_what_cannot_be_honoured(config)
     values = {
-        name: read(name, config[name])
-        for name, read in _READERS.items()
+        name: check(name, config[name])
+        for name, check in _CHECKS.items()
         if config.get(name) is not None
     }
-    for name, default in (("r", 8), ("lora_alpha", 8)):
-        values.setdefault(name, default)  # PEFT's own defaults
     if not values.get("target_modules"):
         raise AdapterFileError(
             "adapter_config.json: target_modules is empty; list the names of the adapted modules"
         )
-    parsed = PeftConfig(**values)
-    if isinstance(parsed.target_modules, str) and parsed.layers_to_transform is not None:
+    if isinstance(values["target_modules"], str) and values.get("layers_to_transform"):
         raise AdapterFileError(
             "adapter_config.json: layers_to_transform needs target_modules as a list; write the "
             "layers into the regex instead"
         )
-    return parsed
+    budget = Budget()
+    targets = values.pop("target_modules")
+    is_all = isinstance(targets, str) and targets.lower() == "all-linear"
+    excluded = values.pop("exclude_modules", ())
+    patterns = {
+        name: Pattern(values.pop(name, {}), f"adapter_config.json: {name}", budget)
+        for name in ("rank_pattern", "alpha_pattern")
+    }
+    # 8 is PEFT's own default for both
+    return PeftConfig(
+        r=values.pop("r", 8),
+        lora_alpha=values.pop("lora_alpha", 8),
+        targets=None if is_all else _matcher("target_modules", targets, budget),
+        excluded=_matcher("exclude_modules", excluded, budget),
+        **patterns,
+        **values,
+    )
+
+
+def _matcher(name: str, value: str | tuple[str, ...], budget: Budget) -> NameMatcher:
+    if isinstance(value, str):
+        return NameRegex(BoundedRegex(value, f"adapter_config.json: {name}", budget))
+    return NameEnds(value)
 
 
 def scale_of(alpha: float, rank: int, use_rslora: bool) -> float:
@@ -126,7 +148,7 @@ def scale_of(alpha: float, rank: int, use_rslora: bool) -> float:
 
 def _refuse_what_cannot_be_honoured(config: dict[str, Any]) -> None:
     for name, value in config.items():
-        if name in _READERS or name in _IGNORED or name == "init_lora_weights":
+        if name in _CHECKS or name in _IGNORED or name == "init_lora_weights":
             continue
         if value in (None, False, "", [], {}):
             continue
@@ -187,17 +209,13 @@ def _name_list(name: str, value: Any) -> tuple[str, ...]:
 
 
 def _names_or_regex(name: str, value: Any) -> str | tuple[str, ...]:
-    if not isinstance(value, str):
-        return _name_list(name, value)
-    if value.lower() != "all-linear":
-        check_regex(value, f"adapter_config.json: {name}")
-    return value
+    return value if isinstance(value, str) else _name_list(name, value)
 
 
-def _regex_list(name: str, value: Any) -> tuple[str, ...]:
+def _plain_names(name: str, value: Any) -> tuple[str, ...]:
     values = _name_list(name, [value] if isinstance(value, str) else value)
-    for regex in values:
-        check_regex(regex, f"adapter_config.json: {name}")
+    if not all(re.fullmatch(r"[\w.-]+", item) for item in values):
+        raise _wrong(name, value, "names of modules (letters, digits, dots)")
     return values
 
 
@@ -206,25 +224,23 @@ def _layer_indices(name: str, value: Any) -> tuple[int, ...] | None:
     if (
         not isinstance(indices, list)
         or len(indices) > MAX_ENTRIES
-        or not all(type(index) is int for index in indices)
+        or not all(type(index) is int and 0 <= index < _MAX_LAYER for index in indices)
     ):
-        raise _wrong(name, value, "an integer or a list of integers")
+        raise _wrong(name, value, "a layer's index or a list of them")
     return tuple(indices) or None
 
 
-def _pattern(read: Callable[[str, Any], Any]) -> Callable[[str, Any], dict[str, Any]]:
-    def read_pattern(name: str, value: Any) -> dict[str, Any]:
+def _pattern(check: Callable[[str, Any], Any]) -> Callable[[str, Any], dict[str, Any]]:
+    def check_pattern(name: str, value: Any) -> dict[str, Any]:
         if not isinstance(value, dict) or len(value) > MAX_ENTRIES:
             raise _wrong(name, value, f"an object of at most {MAX_ENTRIES} entries")
-        for key in value:
-            check_regex(key, f"adapter_config.json: {name}")
-        return {key: read(f"{name}[{key!r}]", item) for key, item in value.items()}
+        return {key: check(f"{name}[{key[:80]!r}]", item) for key, item in value.items()}
 
-    return read_pattern
+    return check_pattern
 
 
-#: The fields that are honoured, each with what reads it.
-_READERS: dict[str, Callable[[str, Any], Any]] = {
+#: The fields that are honoured, each with the check of its value.
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "r": _rank,
     "lora_alpha": _alpha,
     "lora_dropout": _dropout,
@@ -232,10 +248,10 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "target_modules": _names_or_regex,
     "exclude_modules": _names_or_regex,
     "layers_to_transform": _layer_indices,
-    "layers_pattern": _regex_list,
+    "layers_pattern": _plain_names,
     "rank_pattern": _pattern(_rank),
     "alpha_pattern": _pattern(_alpha),
-    "modules_to_save": _regex_list,
+    "modules_to_save": _plain_names,
     "bias": _bias,
     "fan_in_fan_out": _flag,
 }

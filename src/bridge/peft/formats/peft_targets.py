@@ -4,32 +4,20 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Hashable, Iterable, Mapping
+from typing import TypeVar
 
 from torch import nn
 
+from bridge.peft.formats.names import NameEnds, ends_in
 from bridge.peft.formats.peft_config import PeftConfig
 from bridge.peft.module_matcher import output_heads
+from bridge.peft.orientation import is_transposed
 
-T = TypeVar("T")
-
-
-def is_target(config: PeftConfig, fqn: str) -> bool:
-    """Whether PEFT would adapt the module of this name (`"all-linear"` aside).
-
-    Args:
-        config: The config.
-        fqn: A fully qualified name.
-    """
-    if _is_excluded(config, fqn):
-        return False
-    if isinstance(config.target_modules, str):
-        return re.fullmatch(config.target_modules, fqn) is not None
-    return ends_in(fqn, config.target_modules) and _is_in_layers(config, fqn)
+T = TypeVar("T", bound=Hashable)
 
 
-def targets(config: PeftConfig, names: Mapping[str, nn.Module], model: nn.Module) -> list[str]:
+def targets(config: PeftConfig, names: Mapping[str, nn.Module], model: nn.Module) -> set[str]:
     """The names of the modules that PEFT would adapt.
 
     Args:
@@ -37,54 +25,54 @@ def targets(config: PeftConfig, names: Mapping[str, nn.Module], model: nn.Module
         names: The modules of the base model by fully qualified name, each once.
         model: The base model.
     """
-    wanted = config.target_modules
-    if isinstance(wanted, str) and wanted.lower() == "all-linear":
-        heads = output_heads(model)
-        return [
-            fqn
-            for fqn, module in names.items()
-            if is_linear(module) and id(module) not in heads and not _is_excluded(config, fqn)
-        ]
-    return [fqn for fqn in names if fqn and is_target(config, fqn)]
+    if config.targets is not None:
+        return {fqn for fqn in names if fqn and is_target(config, fqn)}
+    heads = output_heads(model)
+    return {
+        fqn
+        for fqn, module in names.items()
+        if (isinstance(module, nn.Linear) or is_transposed(type(module)))
+        and id(module) not in heads
+        and not _is_excluded(config, fqn)
+    }
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether PEFT counts a module among all linears."""
-    return isinstance(module, nn.Linear)
+def is_target(config: PeftConfig, fqn: str) -> bool:
+    """Whether PEFT would adapt the module of this name; `"all-linear"` needs the model.
 
-
-def ends_in(fqn: str, entries: Collection[str]) -> bool:
-    """Whether `fqn` is one of the entries, or ends in a dot and one of them."""
-    parts = fqn.split(".")
-    return any(".".join(parts[i:]) in entries for i in range(len(parts)))
-
-
-def pattern_value(pattern: Mapping[str, T], fqn: str, default: T) -> T:
-    """The value of the first pattern that matches the end of a name, as PEFT looks it up."""
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", fqn):
-            return value
-    return default
+    Args:
+        config: The config.
+        fqn: A fully qualified name.
+    """
+    assert config.targets is not None
+    if _is_excluded(config, fqn) or not config.targets.matches(fqn):
+        return False
+    if config.layers_to_transform is None:
+        return True
+    # PEFT looks at the layer only where the whole name is not listed
+    whole = isinstance(config.targets, NameEnds) and fqn in config.targets.entries
+    return whole or _layer_of(fqn, config.layers_pattern) in config.layers_to_transform
 
 
 def _is_excluded(config: PeftConfig, fqn: str) -> bool:
-    excluded = config.exclude_modules
-    if isinstance(excluded, str):
-        if re.fullmatch(excluded, fqn):
-            return True
-    elif ends_in(fqn, excluded):
+    if config.excluded.matches(fqn):
         return True
-    return any(re.match(rf"(^|.*\.){name}($|\..*)", fqn) for name in config.modules_to_save)
+    dotted = f".{fqn}."
+    return any(f".{name}." in dotted for name in config.modules_to_save)
 
 
-def _is_in_layers(config: PeftConfig, fqn: str) -> bool:
-    if config.layers_to_transform is None or fqn in config.target_modules:
-        return True
-    patterns = [rf"(?:^|.*?\.){name}\." for name in config.layers_pattern] or [r".*?\.[^.]*\."]
+def _layer_of(fqn: str, patterns: Iterable[str]) -> int | None:
+    """The first number in a name that stands behind one of the patterns, or behind any part."""
+    parts = fqn.split(".")
     for pattern in patterns:
-        if match := re.match(rf"{pattern}(?P<index>\d+)\.", fqn):
-            return int(match["index"]) in config.layers_to_transform
-    return False
+        lists = pattern.split(".")
+        for i in range(len(lists), len(parts) - 1):
+            if parts[i - len(lists) : i] == lists and parts[i].isdecimal():
+                return int(parts[i])
+    if not patterns:
+        # with no pattern PEFT wants two parts before the number
+        return next((int(part) for part in parts[2:-1] if part.isdecimal()), None)
+    return None
 
 
 def choose_targets(adapted: Iterable[str], others: Iterable[str]) -> list[str] | str:
@@ -112,9 +100,9 @@ def most_common_and_exceptions(values: Mapping[str, T]) -> tuple[T, dict[str, T]
         values: By fully qualified name.
     """
     common = Counter(values.values()).most_common(1)[0][0]
-    pattern: dict[str, Any] = {}
+    pattern: dict[str, T] = {}
     for fqn, value in values.items():
         if value != common:
-            others = [name for name in values if name != fqn and name.endswith(f".{fqn}")]
+            others = any(name.endswith(f".{fqn}") for name in values)
             pattern[("^" if others else "") + re.escape(fqn)] = value
     return common, pattern

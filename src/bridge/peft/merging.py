@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,74 +12,23 @@ from bridge.peft.branch import TRAINABLE_DTYPES
 from bridge.peft.encoder_fast_path import encoder_fast_path
 from bridge.peft.errors import AdapterError
 from bridge.peft.lora_mixin import LoRAMixin
+from bridge.peft.merge_math import Rounding, Scratch, Update, merge_rows, row_blocks
+from bridge.peft.merge_report import MergeReport, MergeRow
 from bridge.peft.module_matcher import adapted_modules, unwrap
-from bridge.peft.text_table import table
+from bridge.peft.shared_weights import sharers
 from bridge.peft.whole_parameters import forget_tie, original_parameters
 
-#: Above this share of weights that stay the same, an update counts as lost.
-LOST = 0.5
+#: The dtypes in which a merge can be computed.
+COMPUTE_DTYPES = (torch.float32, torch.float64)
 
 
-@dataclass(frozen=True, kw_only=True)
-class MergeRow:
-    """What merging did to one layer.
-
-    Attributes:
-        fqn: Fully qualified name.
-        max_error: Largest absolute difference between the stored weight and the exact sum.
-        mean_error: Mean of that difference.
-        unchanged: Share of the weights that the update did not change, of those it should have.
-        relative_update: Frobenius norm of the update over that of the base weight.
-    """
-
-    fqn: str
-    max_error: float
-    mean_error: float
-    unchanged: float
-    relative_update: float
+def check_compute_dtype(dtype: torch.dtype) -> None:
+    """Raise `AdapterError` unless a merge can be computed in `dtype`."""
+    if dtype not in COMPUTE_DTYPES:
+        raise AdapterError(f"merge computes in torch.float32 or torch.float64, got {dtype}")
 
 
-@dataclass(frozen=True)
-class MergeReport:
-    """A row per merged layer; prints as a table, with a warning where an update was lost.
-
-    Attributes:
-        rows: One per layer, in the model's order.
-    """
-
-    rows: tuple[MergeRow, ...]
-
-    @property
-    def lost(self) -> tuple[str, ...]:
-        """Names of the layers where more than half of the update was lost to rounding."""
-        return tuple(row.fqn for row in self.rows if row.unchanged > LOST)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Rows and lost layers, ready for JSON."""
-        return {"rows": [asdict(row) for row in self.rows], "lost": list(self.lost)}
-
-    def __str__(self) -> str:
-        head = ("module", "max error", "mean error", "unchanged", "|update|/|W|")
-        body = (
-            (
-                row.fqn,
-                f"{row.max_error:.2e}",
-                f"{row.mean_error:.2e}",
-                f"{row.unchanged:.1%}",
-                f"{row.relative_update:.2e}",
-            )
-            for row in self.rows
-        )
-        lines = list(table(head, body))
-        if self.lost:
-            lines.append(
-                f"warning: in {len(self.lost)} of {len(self.rows)} layers more than half of the "
-                "update was too small for the weight's dtype; keep the adapter unmerged, or merge "
-                "into float32 weights"
-            )
-        return "\n".join(lines)
-
-
+@torch.no_grad()
 def merge_weight(
     weight: Tensor,
     lora_a: Tensor,
@@ -98,30 +45,20 @@ def merge_weight(
         lora_a: A, (dim, in_features).
         lora_b: B, (out_features, dim).
         scale: Factor of the branch.
-        dtype: Dtype of the computation, float32 or float64.
+        dtype: Dtype of the computation, float32 or float64; float64 weights always take float64.
         fqn: Name for the report.
 
     Returns:
         The merged weight, a new tensor like W, and its row of the report.
     """
-    device = weight.device
-    update = (lora_b.to(device, dtype) @ lora_a.to(device, dtype)).mul_(scale)
-    base = weight.to(dtype)
-    exact = base + update
-    merged = exact.to(weight.dtype)
-    error = (merged.to(dtype) - exact).abs_()
-    meant = update != 0
-    unchanged = (meant & (merged == weight)).sum() / meant.sum().clamp(min=1)
-    norm = torch.linalg.vector_norm(base)
-    relative = torch.linalg.vector_norm(update) / norm.clamp(min=torch.finfo(dtype).tiny)
-    row = MergeRow(
-        fqn=fqn,
-        max_error=float(error.max()) if error.numel() else 0.0,
-        mean_error=float(error.mean()) if error.numel() else 0.0,
-        unchanged=float(unchanged),
-        relative_update=float(relative),
-    )
-    return merged, row
+    weight = weight.detach()
+    dtype = torch.promote_types(dtype, weight.dtype)
+    update = Update.of([(lora_a, lora_b, scale)], dtype=dtype, device=weight.device)
+    merged = torch.empty_like(weight)
+    rounding, scratch = Rounding.none(weight.device), Scratch()
+    for rows in row_blocks(*weight.shape, device=weight.device):
+        rounding += merge_rows(weight[rows], update.left[rows], update.right, merged[rows], scratch)
+    return merged, MergeRow.of(fqn, update, rounding, weight.numel())
 
 
 @torch.no_grad()
@@ -142,39 +79,36 @@ def merge(
         keep_base: Keep the original weights on the CPU, so that `unmerge` can restore them.
         dtype: Dtype of the computation, float32 or float64.
         untie: Give an adapted weight that is shared with another module (a tied output head)
-            storage of its own, instead of refusing.
+            storage of its own, instead of refusing. `unmerge` leaves it untied.
 
     Returns:
         A report with a row per layer.
 
     Raises:
-        AdapterError: Nothing to merge, merged already, a weight that is quantised, shared, not
-            finite or on `meta`; the model is as it was before.
+        AdapterError: Nothing to merge, merged already, switched off, a weight that is quantised,
+            sharded, shared, not finite or on `meta`; the model is as it was before.
 
     Example:
         >>> report = merge(model)
         >>> print(report)
     """
-    if dtype not in (torch.float32, torch.float64):
-        raise AdapterError(f"merge computes in torch.float32 or torch.float64, got {dtype}")
-    layers = _mergeable_layers(model, untie=untie)
+    check_compute_dtype(dtype)
+    layers, tied = _mergeable_layers(model, untie=untie)
     for fqn, layer in layers:
         _check_finite(fqn, layer, dtype)
-    rows = []
-    for fqn, layer in layers:
-        if _sharers(unwrap(model), layer):
-            _untie(unwrap(model), layer)
-        weight = base_weight(layer)
-        oriented = layer.oriented(weight)
-        merged, row = merge_weight(
-            oriented, layer.lora_a.weight, layer.lora_b.weight, layer.scale, dtype=dtype, fqn=fqn
-        )
-        if keep_base:
-            layer.unmerged_weight = weight.detach().to("cpu", copy=True)
-        weight.copy_(layer.oriented(merged))
-        layer.merged = True
-        _drop_stale_copies(layer)
-        rows.append(row)
+    for layer in tied:
+        layer.weight = nn.Parameter(base_weight(layer).detach().clone(), requires_grad=False)
+        forget_tie(unwrap(model))
+    rows: list[MergeRow] = []
+    try:
+        for fqn, layer in layers:
+            rows.append(_merge_layer(fqn, layer, dtype, keep_base=keep_base))
+    except BaseException:
+        # out of memory, Ctrl-C: no model is left half merged if the originals are there
+        for _, layer in layers:
+            if layer.unmerged_weight is not None:
+                _restore(layer)
+        raise
     return MergeReport(tuple(rows))
 
 
@@ -186,19 +120,17 @@ def unmerge(model: nn.Module) -> None:
         model: A model that `merge` was called on.
 
     Raises:
-        AdapterError: Nothing is merged, or the originals were given up (`keep_base=False`).
+        AdapterError: Nothing is merged, the adapters are switched off, or the originals were given
+            up (`keep_base=False`).
     """
     merged = [(f, m) for f, m in adapted_modules(model) if isinstance(m, LoRAMixin) and m.merged]
     if not merged:
         raise AdapterError("nothing is merged; call merge(model) first")
     for fqn, layer in merged:
         _check_kept(fqn, layer)
+        _check_enabled(fqn, layer)
     for _, layer in merged:
-        assert layer.unmerged_weight is not None
-        base_weight(layer).copy_(layer.unmerged_weight)
-        layer.unmerged_weight = None
-        layer.merged = False
-        _drop_stale_copies(layer)
+        _restore(layer)
 
 
 @contextmanager
@@ -258,8 +190,29 @@ def base_weight(layer: LoRAMixin) -> Tensor:
     return layer.weight  # pyright: ignore[reportReturnType]
 
 
-def _mergeable_layers(model: nn.Module, *, untie: bool) -> list[tuple[str, LoRAMixin]]:
-    """All adapted layers, or `AdapterError` with the first reason why they cannot be merged."""
+def _merge_layer(fqn: str, layer: LoRAMixin, dtype: torch.dtype, *, keep_base: bool) -> MergeRow:
+    weight, branch = base_weight(layer), (layer.lora_a.weight, layer.lora_b.weight, layer.scale)
+    merged, row = merge_weight(layer.oriented(weight), *branch, dtype=dtype, fqn=fqn)
+    if keep_base:
+        layer.unmerged_weight = weight.detach().to("cpu", copy=True)
+    weight.copy_(layer.oriented(merged))
+    layer.merged = True
+    _drop_stale_copies(layer)
+    return row
+
+
+def _restore(layer: LoRAMixin) -> None:
+    assert layer.unmerged_weight is not None
+    base_weight(layer).copy_(layer.unmerged_weight)
+    layer.unmerged_weight = None
+    layer.merged = False
+    _drop_stale_copies(layer)
+
+
+def _mergeable_layers(
+    model: nn.Module, *, untie: bool
+) -> tuple[list[tuple[str, LoRAMixin]], list[LoRAMixin]]:
+    """All adapted layers and those to untie, or `AdapterError` with the first reason against it."""
     layers: list[tuple[str, LoRAMixin]] = []
     for fqn, module in adapted_modules(model):
         if not isinstance(module, LoRAMixin):
@@ -267,45 +220,39 @@ def _mergeable_layers(model: nn.Module, *, untie: bool) -> list[tuple[str, LoRAM
                 f"{fqn} wraps its base in {type(module).__name__}; only layers adapted in place "
                 "can be merged here"
             )
-        weight = base_weight(module)
-        if module.merged:
-            raise AdapterError(f"{fqn} is merged already; unmerge(model) first")
-        if weight.dtype not in TRAINABLE_DTYPES or type(weight) not in (nn.Parameter, Tensor):
-            kind = type(weight).__name__ if weight.dtype in TRAINABLE_DTYPES else weight.dtype
-            raise AdapterError(
-                f"{fqn} is quantised ({kind}), so a merge would round to its few bits; load the "
-                "base in bfloat16 or float32, load the adapter there, and merge"
-            )
-        if weight.device.type == "meta":
-            raise AdapterError(f"{fqn} is on the meta device; load its weights before merging")
-        shared = _sharers(unwrap(model), module)
-        if shared and not untie:
-            raise AdapterError(
-                f"{fqn} shares its weight with {', '.join(shared)}, which a merge would change "
-                "too; pass untie=True to give it a weight of its own"
-            )
+        _check_mergeable(fqn, module)
         layers.append((fqn, module))
     if not layers:
         raise AdapterError("the model has no adapters to merge; LoRA(...)(model) adds them")
-    return layers
+    shared = sharers(unwrap(model), [layer for _, layer in layers])
+    tied = [(fqn, layer) for fqn, layer in layers if layer in shared]
+    if tied and not untie:
+        fqn, layer = tied[0]
+        raise AdapterError(
+            f"{fqn} shares its weight with {', '.join(shared[layer])}, which a merge would change "
+            "too; pass untie=True to give it a weight of its own"
+        )
+    return layers, [layer for _, layer in tied]
 
 
-def _sharers(model: nn.Module, layer: LoRAMixin) -> list[str]:
-    """Names of the other modules' parameters that live in the storage of the layer's weight."""
-    storage = base_weight(layer).untyped_storage().data_ptr()
-    own = {id(module) for module in layer.modules()}
-    return [
-        f"{fqn}.{name}"
-        for fqn, module in model.named_modules()
-        if id(module) not in own
-        for name, parameter in module._parameters.items()
-        if parameter is not None and parameter.untyped_storage().data_ptr() == storage
-    ]
-
-
-def _untie(model: nn.Module, layer: LoRAMixin) -> None:
-    layer.weight = nn.Parameter(base_weight(layer).detach().clone(), requires_grad=False)
-    forget_tie(model)
+def _check_mergeable(fqn: str, layer: LoRAMixin) -> None:
+    """Raise unless the layer's own weight can be merged into; tied weights aside."""
+    weight = base_weight(layer)
+    if layer.merged:
+        raise AdapterError(f"{fqn} is merged already; unmerge(model) first")
+    _check_enabled(fqn, layer)
+    if hasattr(weight, "device_mesh"):
+        raise AdapterError(
+            f"{fqn} is sharded (DTensor); save the adapter and merge it into the unsharded base"
+        )
+    if weight.dtype not in TRAINABLE_DTYPES or type(weight) not in (nn.Parameter, Tensor):
+        kind = type(weight).__name__ if weight.dtype in TRAINABLE_DTYPES else weight.dtype
+        raise AdapterError(
+            f"{fqn} is quantised ({kind}), so a merge would round to its few bits; load the "
+            "base in bfloat16 or float32, load the adapter there, and merge"
+        )
+    if "meta" in (weight.device.type, layer.lora_a.weight.device.type):
+        raise AdapterError(f"{fqn} is on the meta device; load its weights before merging")
 
 
 def _check_finite(fqn: str, layer: LoRAMixin, dtype: torch.dtype) -> None:
@@ -332,6 +279,14 @@ def _check_kept(fqn: str, layer: LoRAMixin) -> None:
         raise AdapterError(
             f"{fqn} was merged with keep_base=False, so its base weight is gone; load the base "
             "model again"
+        )
+
+
+def _check_enabled(fqn: str, layer: LoRAMixin) -> None:
+    if not layer.adapter_enabled:
+        raise AdapterError(
+            f"the adapter of {fqn} is switched off; leave disable_adapters before you merge or "
+            "unmerge"
         )
 
 

@@ -1,0 +1,180 @@
+"""`W + Σ scale · B A` in blocks of rows, rounded once, with the statistics of the rounding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: One adapter's part of an update: A (dim, in_features), B (out_features, dim), and the scale.
+Term = tuple[Tensor, Tensor, float]
+
+#: Elements of a block: on a CPU the temporaries should stay in the cache.
+_BLOCK = {"cpu": 2**20}
+_BLOCK_ON_DEVICE = 2**25
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Update:
+    """`Σ scale · B A` as one product of two thin factors, the way round the weight is stored.
+
+    Attributes:
+        left: (rows, total rank).
+        right: (total rank, columns).
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        terms: Iterable[Term],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        transposed: bool = False,
+    ) -> Update:
+        """Stack the factors of one or several adapters.
+
+        Args:
+            terms: A, B and scale of each.
+            dtype: Dtype of the computation.
+            device: Where to compute.
+            transposed: The weight is stored as (in_features, out_features).
+        """
+        terms = [(a.detach(), b.detach(), scale) for a, b, scale in terms]
+        b = torch.cat([b.to(device, dtype) * scale for _, b, scale in terms], dim=1)
+        a = torch.cat([a.to(device, dtype) for a, _, _ in terms], dim=0)
+        return cls(a.mT, b.mT) if transposed else cls(b, a)
+
+    def meant(self) -> int:
+        """How many weights the update is to change: rows times columns that are not all zero."""
+        rows = int(self.left.ne(0).any(1).sum())
+        return rows * int(self.right.ne(0).any(0).sum())
+
+    def norm(self) -> float:
+        """Its Frobenius norm: `‖L R‖² = tr(Lᵀ L · R Rᵀ)`, two matrices of the rank's size."""
+        left, right = self.left.double(), self.right.double()
+        squared = float(((left.mT @ left) * (right @ right.mT)).sum())
+        return math.sqrt(max(squared, 0.0))
+
+
+class Scratch:
+    """Buffers that are used again for every block, so that no block pays for fresh memory."""
+
+    def __init__(self) -> None:
+        self._flat: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def like(self, slot: str, block: Tensor, dtype: torch.dtype) -> Tensor:
+        """A contiguous buffer of the shape and on the device of `block`, not initialised.
+
+        Args:
+            slot: Its name; two slots never share memory.
+            block: What gives shape and device.
+            dtype: Its dtype.
+        """
+        key = (slot, dtype, block.device)
+        flat = self._flat.get(key)
+        if flat is None or flat.numel() < block.numel():
+            flat = self._flat[key] = torch.empty(block.numel(), dtype=dtype, device=block.device)
+        return flat[: block.numel()].view(block.shape)
+
+
+@dataclass
+class Rounding:
+    """What rounding did to some rows; the sums are 0-dim tensors where the weight is.
+
+    Attributes:
+        max_error: Largest `|stored - exact|`; NaN if anything is not finite.
+        sum_error: Sum of it.
+        changed: How many stored weights differ from the base's, rounded to the same dtype.
+        squares: Sum of the squared base weights.
+    """
+
+    max_error: Tensor
+    sum_error: Tensor
+    changed: Tensor
+    squares: Tensor
+
+    @classmethod
+    def none(cls, device: torch.device | str = "cpu") -> Rounding:
+        """The rounding of no rows."""
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        return cls(zero, zero, zero.long(), zero)
+
+    def __add__(self, other: Rounding) -> Rounding:
+        return Rounding(
+            torch.maximum(self.max_error, other.max_error),
+            self.sum_error + other.sum_error,
+            self.changed + other.changed,
+            self.squares + other.squares,
+        )
+
+
+def row_blocks(rows: int, columns: int, device: torch.device | str = "cpu") -> Iterator[slice]:
+    """Cut a matrix into blocks of whole rows.
+
+    Args:
+        rows: Its rows.
+        columns: Its columns.
+        device: Where it is; a GPU takes larger blocks.
+    """
+    elements = _BLOCK.get(torch.device(device).type, _BLOCK_ON_DEVICE)
+    step = max(1, elements // max(columns, 1))
+    for start in range(0, rows if columns else 0, step):
+        yield slice(start, min(start + step, rows))
+
+
+def merge_rows(
+    weight: Tensor, left: Tensor, right: Tensor, out: Tensor, scratch: Scratch
+) -> Rounding:
+    """Write `weight + left · right` into `out`, computed in the factors' dtype, rounded once.
+
+    Args:
+        weight: (rows, columns), of any floating dtype.
+        left: (rows, total rank): these rows of the update's left factor.
+        right: (total rank, columns).
+        out: (rows, columns); its dtype may differ from the weight's.
+        scratch: Buffers to use.
+
+    Returns:
+        The statistics of these rows.
+    """
+    dtype = left.dtype
+    base = scratch.like("exact", weight, dtype).copy_(weight)
+    norm = torch.linalg.vector_norm(base).double()
+    if out.dtype.itemsize < dtype.itemsize:
+        exact = base.addmm_(left, right)
+        out.copy_(exact)
+        error = scratch.like("error", weight, dtype).copy_(out).sub_(exact)
+    else:
+        update = torch.mm(left, right, out=scratch.like("update", weight, dtype))
+        error = _sum_and_its_error(base, update, out)
+    error.abs_()
+    before = weight if weight.dtype == out.dtype else weight.to(out.dtype)
+    integer = _INTEGERS[out.dtype.itemsize]
+    differing = scratch.like("bits", weight, integer)
+    torch.bitwise_xor(before.view(integer), out.view(integer), out=differing)
+    return Rounding(
+        max_error=error.amax().double(),
+        sum_error=error.sum().double(),
+        changed=torch.count_nonzero(differing),
+        squares=norm.square(),
+    )
+
+
+def _sum_and_its_error(base: Tensor, update: Tensor, out: Tensor) -> Tensor:
+    """Write `base + update` into `out`; return exactly what rounding to its dtype took away.
+
+    Where `out` is no narrower than the computation, the exact sum is not at hand to compare with,
+    but its error is a float: Knuth's TwoSum (The Art of Computer Programming, vol. 2, 4.2.2).
+    """
+    total = base + update
+    out.copy_(total)
+    virtual = total - base
+    return (base - (total - virtual)).add_(update - virtual)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bridge.peft import LoRA, adapter_state_dict, load_adapter, save_adapter
+from bridge.peft import LoRA, adapter_state_dict, load_adapter, merge, save_adapter
 from bridge.peft.errors import AdapterError, AlreadyAdaptedError
 from bridge.peft.formats.peft import read_adapter, write_adapter
 
@@ -67,3 +67,26 @@ def test_read_and_write_without_a_model_are_lossless(tmp_path):
     write_adapter(adapter, tmp_path / "two")
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
+def test_another_base_is_told_and_refused_when_strict(tmp_path):
+    save_adapter(trained(small_model(), dim=3), tmp_path)
+    with pytest.warns(UserWarning, match=r"0 has other values here \(3 modules differ\)"):
+        load_adapter(small_model(seed=1), tmp_path)
+    untouched = small_model(seed=1)
+    with pytest.raises(AdapterError, match="original base"):
+        load_adapter(untouched, tmp_path, strict=True)
+    assert adapter_state_dict(untouched) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_same_base_in_another_floating_dtype_is_the_same_base(tmp_path, dtype):
+    save_adapter(trained(small_model(), dim=3), tmp_path)
+    load_adapter(small_model().to(dtype), tmp_path, strict=True)
+
+
+def test_a_merged_model_keeps_the_fingerprint_of_its_base(tmp_path):
+    model = trained(small_model(), dim=3)
+    merge(model)
+    save_adapter(model, tmp_path)
+    load_adapter(small_model(), tmp_path, strict=True)

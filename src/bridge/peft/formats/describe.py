@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bridge.peft import __version__
 from bridge.peft.errors import AdapterError
 from bridge.peft.formats.adapter_file import AdapterFile
+from bridge.peft.formats.fingerprint import fingerprint
 from bridge.peft.formats.new_config import new_config
 from bridge.peft.formats.peft_targets import choose_targets
 from bridge.peft.formats.whole import whole_of
@@ -38,6 +39,7 @@ def adapter_of(model: nn.Module) -> AdapterFile:
     exceptions = {fqn: b for fqn, b in branches.items() if tuple(b.items()) != common}
     if exceptions:
         extra["exceptions"] = exceptions
+    extra["base"] = fingerprint(layers)
     whole, whole_fields = whole_of(root, layers, others)
     config = new_config(
         {fqn: layer.dim for fqn, layer in layers.items()},

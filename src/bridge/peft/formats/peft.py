@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from bridge.peft.errors import AdapterFileError
 from bridge.peft.formats.adapter_file import AdapterFile, read_adapter, write_adapter
 from bridge.peft.formats.describe import adapter_of
+from bridge.peft.formats.fingerprint import differences
 from bridge.peft.formats.fit import plan_load
 from bridge.peft.lora import patch_in_place
 from bridge.peft.lora_mixin import LoRAMixin
@@ -59,6 +62,7 @@ def load_adapter(model: nn.Module, directory: str | Path, *, strict: bool = Fals
     adapter = read_adapter(directory)
     root = unwrap(model)
     planned, present = plan_load(adapter, root)
+    _check_base(adapter, {fqn: module for fqn, module, _ in planned}, strict)
     if not present:
         patch_in_place(root, [(module, options, 0) for _, module, options in planned])
     with torch.no_grad():
@@ -69,3 +73,17 @@ def load_adapter(model: nn.Module, directory: str | Path, *, strict: bool = Fals
             module.lora_b.weight.copy_(b)
     replace_parameters(root, adapter.whole)
     return model
+
+
+def _check_base(adapter: AdapterFile, modules: dict[str, nn.Module], strict: bool) -> None:
+    """Warn, or refuse, if the base is not the one that the adapter was made on."""
+    found = differences(adapter.extra.get("base", {}), modules)
+    if not found:
+        return
+    message = (
+        f"the base model is not the one that the adapter was made on: {found[0]}"
+        f"{f' ({len(found)} modules differ)' if len(found) > 1 else ''}"
+    )
+    if strict:
+        raise AdapterFileError(f"{message}; load the original base, or pass strict=False")
+    warnings.warn(f"{message}; results may differ from training", stacklevel=3)

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from bridge.peft.branch import DropoutPosition
 from bridge.peft.errors import AdapterFileError
+from bridge.peft.formats.fingerprint import check_stored
 from bridge.peft.initializers import A_INITIALIZERS
 
 _CHOICES = {
@@ -24,6 +25,7 @@ def check_side_file(content: Mapping[str, Any]) -> None:
         content: The decoded file; unknown fields are left alone.
     """
     _check_branch(content, "")
+    check_stored(content.get("base", {}))
     exceptions = content.get("exceptions", {})
     if not isinstance(exceptions, dict):
         raise _wrong("exceptions", exceptions, "an object")

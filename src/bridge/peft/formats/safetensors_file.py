@@ -6,6 +6,7 @@ the file before any tensor is read.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import stat
@@ -73,8 +74,26 @@ def serialize(tensors: Mapping[str, Tensor]) -> bytes:
     Args:
         tensors: By key; each gets bytes of its own, whatever it shares storage with.
     """
-    own = {key: tensor.detach().to("cpu").contiguous().clone() for key, tensor in tensors.items()}
-    return safetensors.torch.save(own, metadata={"format": "pt"})
+    # Not by safetensors' own function, which needs numpy, and nothing else here does.
+    own = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    data: list[bytes] = []
+    offset = 0
+    # wide elements first keeps every tensor aligned
+    for key in sorted(own, key=lambda key: (-own[key].element_size(), key)):
+        tensor = own[key]
+        end = offset + tensor.numel() * tensor.element_size()
+        header[key] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        data.append(ctypes.string_at(tensor.data_ptr(), end - offset))
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join((len(text).to_bytes(8, "little"), text, *data))
 
 
 def _read_header(path: Path, file: Any, size: int) -> dict[str, Any]:

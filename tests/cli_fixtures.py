@@ -48,7 +48,9 @@ def save_tiny_model(path: Path, *, seed: int = 0, template: str | None = None, *
             **more,
         }
     )
+    transformers.utils.logging.disable_progress_bar()  # tests read what the command prints
     transformers.LlamaForCausalLM(config).save_pretrained(path)
+    transformers.utils.logging.enable_progress_bar()
     return path
 
 

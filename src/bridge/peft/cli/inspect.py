@@ -54,7 +54,7 @@ def describe(adapter: AdapterFile) -> dict[str, Any]:
         }
         for fqn, (a, b) in adapter.tensors.items()
     ]
-    targets = adapter.parsed.target_modules
+    targets = adapter.config["target_modules"]
     return {
         "rank": adapter.parsed.r,
         "alpha": adapter.parsed.lora_alpha,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from bridge.peft.errors import AdapterError
 
@@ -100,7 +101,7 @@ def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name, dtype=dtype, output_loading_info=True
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise AdapterError(
                 f"cannot load the weights of {name} ({_first_line(error)}); "
                 "pass a directory written by save_pretrained"

@@ -73,7 +73,9 @@ def prepare(spec: RunSpec) -> Prepared:
     train_rows, eval_rows = _rows(spec)
     shape = shape_of(train_rows)
     if eval_rows and (other := shape_of(eval_rows)) != shape:
-        raise AdapterError(f"the data has {shape} columns but the evaluation data has {other}")
+        raise AdapterError(
+            f"the data has {shape} columns but the evaluation data has {other}; give both the same"
+        )
     config = load_config(spec.model)
     # the plan knows every target, so a mistaken one is told before any weight is loaded
     plan = spec.lora.plan(meta_model(config, spec.model))

@@ -129,6 +129,26 @@ def checkpoints(output: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def checkpoint_to_resume(output: Path, processes: int) -> Path:
+    """Return the newest checkpoint, checked to hold what `processes` processes need.
+
+    Raises:
+        AdapterError: somebody removed one of its files.
+    """
+    *older, newest = checkpoints(output)
+    names = ["adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt"]
+    names += ["trainer_state.json"]
+    names += (
+        [f"rng_state_{i}.pth" for i in range(processes)] if processes > 1 else ["rng_state.pth"]
+    )
+    if missing := [name for name in names if not (newest / name).is_file()]:
+        instead = (
+            f"to resume from {older[-1].name}" if older else "and start again with --overwrite"
+        )
+        raise AdapterError(f"{newest} lacks {missing[0]}; remove it {instead}")
+    return newest
+
+
 def clear_run(output: Path) -> None:
     """Remove what a run of ours left in `output`, and nothing else."""
     kept = set(checkpoints(output))
@@ -152,19 +172,23 @@ def continue_spec(recorded: RunSpec, asked: Mapping[str, Any]) -> RunSpec:
         AdapterError: a given value differs from the run's own.
     """
     steering = steering_fields()
-    changed: dict[str, Any] = {}
+    parts: dict[str, Any] = {"lora": recorded.lora, "options": recorded.options}
     for name, value in asked.items():
-        for part in (recorded.lora, recorded.options, recorded):
-            if hasattr(part, name):
-                break
-        if part is recorded.options and name not in steering:
-            changed[name] = value
-        elif value != (own := getattr(part, name)):
+        part = next((key for key, old in parts.items() if hasattr(old, name)), None)
+        if part is None:
+            own, given = getattr(recorded, name), value
+        else:
+            changed = dataclasses.replace(parts[part], **{name: value})
+            own, given = getattr(parts[part], name), getattr(changed, name)
+            if part == "options" and name not in steering:
+                parts[part] = changed
+                continue
+        if given != own:
             raise AdapterError(
-                f"{flag(name)} is {value} but the run to resume has {own}; leave the flag out, "
+                f"{flag(name)} is {given} but the run to resume has {own}; leave the flag out, "
                 "or start another run with another --output"
             )
-    return dataclasses.replace(recorded, options=dataclasses.replace(recorded.options, **changed))
+    return dataclasses.replace(recorded, options=parts["options"])
 
 
 def check_same_run(recorded: RunSpec, now: RunSpec, output: Path) -> None:

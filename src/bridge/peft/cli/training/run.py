@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 import shlex
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +24,7 @@ from bridge.peft.cli.training.prepare import Prepared, base_dtype, check_disk_sp
 from bridge.peft.cli.training.record import (
     RunSpec,
     check_same_run,
+    checkpoint_to_resume,
     checkpoints,
     clear_run,
     write_record,
@@ -42,6 +46,11 @@ with quiet_imports():
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_EXPECTED = (
+    "The tokenizer has new PAD/BOS/EOS tokens",  # generation follows the tokenizer
+    "Warning: The following arguments do not match",  # intervals may change on resuming
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,13 +115,15 @@ def train(
     )
     digests = {"base model": model_digest(model), **prepared.digests}
     started = replace(spec, digests=digests, world_size=config.world_size)
+    start = None
     if resume:
         check_same_run(spec, started, output)
+        start = checkpoint_to_resume(output, config.world_size)
     _adapt(model, spec, dtype, console)
     if not resume:
         _begin_record(started, output, overwrite=overwrite)
     trainer = _build_trainer(model, config, prepared, spec)
-    return _run(trainer, prepared, output, console, resume=resume)
+    return _run(trainer, prepared, output, console, start)
 
 
 def train_and_report(
@@ -189,6 +200,21 @@ def _build_trainer(
     )
 
 
+@contextlib.contextmanager
+def _hold_back_chatter() -> Iterator[None]:
+    """Hold back two remarks of transformers that tell of what is meant to be so."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(_EXPECTED)
+
+    logger = logging.getLogger("transformers.trainer_utils")
+    logger.addFilter(is_news)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_news)
+
+
 def _dataset(samples: list[Sample]) -> datasets.Dataset:
     return datasets.Dataset.from_dict(
         {
@@ -199,16 +225,19 @@ def _dataset(samples: list[Sample]) -> datasets.Dataset:
 
 
 def _run(
-    trainer: AdapterTrainer, prepared: Prepared, output: Path, console: Console, *, resume: bool
+    trainer: AdapterTrainer,
+    prepared: Prepared,
+    output: Path,
+    console: Console,
+    start: Path | None,
 ) -> Outcome:
     stop, progress = StopOnSignal(console), ShowProgress(console)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(stop)
     trainer.add_callback(progress)
-    start = checkpoints(output)[-1] if resume else None
     begun = time.perf_counter()
     try:
-        with stop:
+        with stop, _hold_back_chatter():
             trainer.train(resume_from_checkpoint=str(start) if start else None)
     except KeyboardInterrupt:  # the second Ctrl-C
         if checkpoints(output):

@@ -20,6 +20,7 @@ from bridge.peft.cli.models import quiet_imports
 from bridge.peft.cli.training.options import TrainingOptions
 from bridge.peft.cli.training.record import PARTIAL, checkpoints
 from bridge.peft.errors import AdapterError
+from bridge.peft.lora_mixin import LoRAMixin
 
 with quiet_imports():
     from transformers import Trainer
@@ -44,6 +45,20 @@ class AdapterTrainer(SFTTrainer):
         self._keep = keep
         self._root = Path(str(self.args.output_dir))
         self._writing_to = self._root
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The loss of a batch: TRL's, which never forms the logits, unless the head is adapted."""
+        # TRL multiplies with the head's weight itself, so a branch there would never be seen
+        head = self._adapted_model().get_output_embeddings()  # pyright: ignore
+        if isinstance(head, LoRAMixin):
+            return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:

@@ -148,7 +148,7 @@ def _reference_dropout(
         return dropout, position, None
     width = x.shape[-1] if position == "pre" else lora_b.shape[0]
     mask = SeededMask(x.shape[:-1].numel(), width, dropout, x.device, seed=None)
-    kept = mask.block(slice(None)).bool().view(*x.shape[:-1], width)
+    kept = mask.block().bool().view(*x.shape[:-1], width)
     return 1.0 - mask.keep_probability, position, kept
 
 

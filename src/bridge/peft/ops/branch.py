@@ -1,10 +1,13 @@
-"""The branch over rows of tokens: forward and backward products, blocked where it drops.
+"""The narrow products of a LoRA branch, over tokens, with the dropout mask where it belongs.
 
     h = s A x                 s = alpha / dim; "pre" dropout acts on this x
     y += B h                  "post" dropout acts on B h
-    dh = s Bᵀ dy,  dx += Aᵀ dh,  dA = dh xᵀ,  dB = dy hᵀ
+    dh = s Bᵀ dy,  dB = dy hᵀ
+    dx += Aᵀ dh,   dA = dh xᵀ
 
-In the code tokens come first: x (tokens, in), y (tokens, out), h (tokens, dim). No autograd here.
+In the code tokens come first: x (tokens, in), y (tokens, out), h (tokens, dim). Input side
+(x, A) and output side (y, Bᵀ) are alike, so there are two products and their gradients: `contract`
+wide tokens to narrow ones, and `expand_` narrow ones into wide ones. No autograd here.
 """
 
 from __future__ import annotations
@@ -17,8 +20,12 @@ from torch import Tensor
 
 from bridge.peft.ops.dropout import SeededMask, apply_, as_wide_as, consume_
 
-# Where tokens are worked in blocks, a block has about this many elements and stays in cache.
+# Masked tokens are worked in blocks of about this many elements, which stay in cache.
 _BLOCK_ELEMENTS = 2**19
+# Rows of h of at most this many bytes are faster computed as columns (MKL and oneDNN alike).
+_NARROW_BYTES = 32
+# From this many bytes on, MKL is faster at (xᵀ h)ᵀ than at hᵀ x.
+_WIDE_BYTES = 256
 
 
 @dataclass(frozen=True)
@@ -35,140 +42,157 @@ class Branch:
     dropout: float
     position: str
 
-    def mask(self, seed: int | None, x: Tensor, y: Tensor) -> SeededMask | None:
-        """Return the mask of a call over x (tokens, in) and y (tokens, out), if it drops."""
+    def masks(
+        self, seed: int | None, x: Tensor, out_features: int
+    ) -> tuple[SeededMask | None, SeededMask | None, float]:
+        """Return the mask of x (tokens, in), that of the branch's output, and the factor of h.
+
+        The factor is ``scale``, with dropout's rescaling folded in.
+        """
         if seed is None:
-            return None
-        rows, columns = (x if self.position == "pre" else y).shape
-        return SeededMask(rows, columns, self.dropout, x.device, seed)
+            return None, None, self.scale
+        tokens, in_features = x.shape
+        if self.position == "pre":
+            mask = SeededMask(tokens, in_features, self.dropout, x.device, seed)
+            return mask, None, self.scale / mask.keep_probability
+        mask = SeededMask(tokens, out_features, self.dropout, x.device, seed)
+        return None, mask, self.scale / mask.keep_probability
 
-    def factor(self, mask: SeededMask | None) -> float:
-        """Return s, with dropout's rescaling folded in."""
-        return self.scale if mask is None else self.scale / mask.keep_probability
+
+def contract(x: Tensor, a: Tensor, mask: SeededMask | None) -> Tensor:
+    """Return ``x aᵀ``.
+
+    Args:
+        x: (tokens, features).
+        a: (dim, features).
+        mask: What to drop of x, or None.
+
+    Returns:
+        (tokens, dim), in the dtype of ``a``.
+    """
+    if mask is None and x.dtype == a.dtype:
+        return _narrow(x, a)
+    return torch.cat([_narrow(_masked(x[rows], a, kept), a) for rows, kept in _blocks(x, a, mask)])
 
 
-def add_branch_(
-    y: Tensor, x: Tensor, a: Tensor, b: Tensor, seed: int | None, branch: Branch
+def contract_backward(
+    x: Tensor, dh: Tensor, a: Tensor, s: float, mask: SeededMask | None, dx: Tensor | None
 ) -> Tensor:
-    """Add the branch into y in place and return h.
+    """Add ``s dh a``, masked, into dx in place, where there is one, and return ``s dhᵀ x``.
 
     Args:
-        y: (tokens, out), the base's result.
-        x: (tokens, in).
-        a: (dim, in).
-        b: (out, dim).
-        seed: The seed of the mask, or None where nothing is dropped.
-        branch: Scale and dropout.
+        x: (tokens, features).
+        dh: (tokens, dim), the gradient of ``contract``'s result over s.
+        a: (dim, features).
+        s: Factor.
+        mask: What `contract` dropped of x, or None.
+        dx: (tokens, features) or None.
 
     Returns:
-        h, (tokens, dim), what backward wants beside x.
+        (dim, features), the gradient of ``a``.
     """
-    mask = branch.mask(seed, x, y)
-    s = branch.factor(mask)
-    hs = []
-    for rows, pre, post in _blocks(y, x, a.dtype, mask, branch.position):
-        x_ = x[rows].to(a.dtype)
-        h = ((x_ if pre is None else consume_(pre, x_)) @ a.t()).mul_(s)
-        _accumulate_(y[rows], h, b.t(), post)
-        hs.append(h)
-    return hs[0] if len(hs) == 1 else torch.cat(hs)
-
-
-def branch_backward(
-    dy: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    h: Tensor,
-    seed: int | None,
-    branch: Branch,
-    dx: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Add the branch's gradient into dx in place, where there is one, and return dA and dB.
-
-    Args:
-        dy: (tokens, out).
-        x: (tokens, in).
-        a: (dim, in).
-        b: (out, dim).
-        h: (tokens, dim), from `add_branch_`.
-        seed: The seed given to `add_branch_`.
-        branch: Scale and dropout.
-        dx: (tokens, in), the base's gradient, or None.
-
-    Returns:
-        dA (dim, in) and dB (out, dim), in the dtypes of ``a`` and ``b``.
-    """
-    mask = branch.mask(seed, x, dy)
-    s = branch.factor(mask)
-    da, db = _Sum(a), _Sum(b)
-    for rows, pre, post in _blocks(dy, x, a.dtype, mask, branch.position):
-        dy_, x_ = dy[rows].to(a.dtype), x[rows].to(a.dtype)
-        if post is not None:
-            dy_ = consume_(post, dy_)
-        dh = (dy_ @ b).mul_(s)
+    if mask is None and x.dtype == a.dtype:
         if dx is not None:
-            _accumulate_(dx[rows], dh, a, pre)
-        if pre is not None:
-            x_ = consume_(pre, x_)
-        da.add(_outer(dh, x_))
-        db.add(_outer(h[rows], dy_).t())
-    return da.total(), db.total()
+            dx.addmm_(dh, a, alpha=s)
+        return _outer(dh, x, s)
+    total = _Sum()
+    for rows, kept in _blocks(x, a, mask):
+        if dx is not None:
+            _add_product_(dx[rows], dh[rows], a, s, kept)
+        total.add(_outer(dh[rows], _masked(x[rows], a, kept), s))
+    return total.value.to(a.dtype)
+
+
+def expand_(y: Tensor, h: Tensor, a: Tensor, s: float, mask: SeededMask | None) -> None:
+    """Add ``s h a`` into y in place.
+
+    Args:
+        y: (tokens, features).
+        h: (tokens, dim).
+        a: (dim, features).
+        s: Factor.
+        mask: What to drop of the product, or None.
+    """
+    if mask is None and y.dtype == a.dtype:
+        y.addmm_(h, a, alpha=s)
+        return
+    for rows, kept in _blocks(y, a, mask):
+        _add_product_(y[rows], h[rows], a, s, kept)
+
+
+def expand_backward(
+    dy: Tensor, h: Tensor, a: Tensor, s: float, mask: SeededMask | None
+) -> tuple[Tensor, Tensor]:
+    """Return ``dy aᵀ``, the gradient of h over s, and ``s hᵀ dy``, that of ``a``.
+
+    Args:
+        dy: (tokens, features).
+        h: (tokens, dim).
+        a: (dim, features).
+        s: Factor.
+        mask: What `expand_` dropped of the product, or None.
+
+    Returns:
+        (tokens, dim) and (dim, features).
+    """
+    if mask is None and dy.dtype == a.dtype:
+        return _narrow(dy, a), _outer(h, dy, s)
+    total, dhs = _Sum(), []
+    for rows, kept in _blocks(dy, a, mask):
+        block = _masked(dy[rows], a, kept)
+        dhs.append(_narrow(block, a))
+        total.add(_outer(h[rows], block, s))
+    return torch.cat(dhs), total.value.to(a.dtype)
+
+
+def _blocks(x: Tensor, a: Tensor, mask: SeededMask | None) -> Iterator[tuple[slice, Tensor | None]]:
+    """Yield blocks of rows of x, each with its mask as wide as the elements of ``a``."""
+    step = max(1, _BLOCK_ELEMENTS // x.shape[1])
+    for start in range(0, max(x.shape[0], 1), step):
+        rows = slice(start, start + step)
+        yield rows, None if mask is None else as_wide_as(mask.block(rows), a.dtype)
+
+
+def _masked(x: Tensor, a: Tensor, kept: Tensor | None) -> Tensor:
+    """A block of x in the dtype of ``a``, its dropped elements 0; uses up ``kept``."""
+    x = x.to(a.dtype)
+    return x if kept is None else consume_(kept, x)
+
+
+def _add_product_(y: Tensor, h: Tensor, a: Tensor, s: float, kept: Tensor | None) -> None:
+    """Add ``s h a``, its dropped elements 0, into a block of y in place."""
+    product = h @ a
+    y.add_(product if kept is None else apply_(product, kept), alpha=s)
+
+
+def _narrow(x: Tensor, a: Tensor) -> Tensor:
+    """``x aᵀ``: (tokens, dim)."""
+    if a.shape[0] * a.element_size() <= _NARROW_BYTES:
+        return (a @ x.t()).t()
+    return x @ a.t()
+
+
+def _outer(h: Tensor, x: Tensor, s: float) -> Tensor:
+    """``s hᵀ x``: (dim, features)."""
+    nothing = h.new_empty(())  # with beta=0 it is not read
+    if h.shape[1] * h.element_size() >= _WIDE_BYTES:
+        return torch.addmm(nothing, x.t(), h, beta=0, alpha=s).t()
+    return torch.addmm(nothing, h.t(), x, beta=0, alpha=s)
 
 
 class _Sum:
-    """A sum over blocks, kept in float32 or better and rounded once."""
+    """A sum over blocks, kept in float32 or better until it is rounded once."""
 
-    def __init__(self, like: Tensor) -> None:
-        self._like = like
-        self._total: Tensor | None = None
+    value: Tensor
+
+    def __init__(self) -> None:
+        self._parts = 0
 
     def add(self, part: Tensor) -> None:
-        if self._total is None:
-            self._total = part
-        elif self._total.dtype in (torch.bfloat16, torch.float16):
-            self._total = self._total.float().add_(part)
+        self._parts += 1
+        if self._parts == 1:
+            self.value = part
+        elif self.value.itemsize == 2:
+            self.value = self.value.float().add_(part)
         else:
-            self._total.add_(part)
-
-    def total(self) -> Tensor:
-        return (
-            torch.zeros_like(self._like)
-            if self._total is None
-            else self._total.to(self._like.dtype)
-        )
-
-
-def _blocks(
-    y: Tensor, x: Tensor, dtype: torch.dtype, mask: SeededMask | None, position: str
-) -> Iterator[tuple[slice, Tensor | None, Tensor | None]]:
-    """Yield blocks of rows, each with its mask for x and for y; one block if nothing is masked."""
-    tokens, width = x.shape[0], max(x.shape[1], y.shape[1])
-    if mask is None and x.dtype == y.dtype == dtype:
-        yield slice(0, tokens), None, None
-        return
-    step = max(1, _BLOCK_ELEMENTS // width)
-    scratch = None
-    for start in range(0, max(tokens, 1), step):
-        rows = slice(start, min(start + step, tokens))
-        if mask is None:
-            yield rows, None, None
-            continue
-        kept = mask.block(rows, scratch)
-        scratch = kept if scratch is None else scratch
-        kept = as_wide_as(kept, dtype)
-        yield (rows, kept, None) if position == "pre" else (rows, None, kept)
-
-
-def _accumulate_(out: Tensor, left: Tensor, right: Tensor, mask: Tensor | None) -> None:
-    """Add ``left @ right``, less what the mask drops, into ``out`` in place."""
-    if mask is None and out.dtype == left.dtype:
-        out.addmm_(left, right)
-        return
-    product = left @ right
-    out.add_(product if mask is None else apply_(product, mask))
-
-
-def _outer(h: Tensor, y: Tensor) -> Tensor:
-    """Return ``hᵀ y``, (dim, features), for h (tokens, dim) and y (tokens, features)."""
-    return h.t() @ y
+            self.value.add_(part)

@@ -1,13 +1,13 @@
-"""Seeded dropout whose mask is never stored: a hash of each element's place.
+"""Seeded dropout whose mask is never stored: a hash of each element's place, made block by block.
 
-    keep[i, j] = ((rows[i] xor columns[j]) * multipliers[j]) >= threshold     (32-bit integers)
+    keep[i, j] = ((r[i] * m[j] + c[j]) xor q[i]) * n[j] >= threshold        (16-bit integers)
 
-One seed gives three small tables, three passes over a block in cache make its mask, and backward
-makes the same mask again. Given the columns' words, the elements of a column are as
-independent as the words of ``rows``; given the rows' words, the elements of a row are as
-independent as the words of ``columns``; and two rows meet in a column like two draws, because the
-multiplier of a column is a random odd number (Dietzfelbinger's multiply-shift hashing, 1996).
-`docs/math.md` has the argument, `tests/test_ops_dropout.py` the statistics.
+One seed gives the words r and q of the rows, c, m and n of the columns (m and n odd); four passes
+over a block in cache make its mask, and backward makes the same mask again. All elements of one
+row, and all of one column, are independent given ideal words, so any two elements are; rows meet
+like independent draws because the multipliers are random (multiply-shift hashing: Dietzfelbinger,
+"Universal hashing and k-wise independent random variables via integer arithmetic without primes",
+1996). `docs/math.md` has the argument, `tests/test_ops_dropout.py` the statistics.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_WORDS = 2**32
+_LANE = 2**16
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -32,45 +32,40 @@ class SeededMask:
     """The mask of one call: which elements of a (rows, columns) matrix are kept.
 
     Attributes:
-        keep_probability: The exact probability with which an element is kept: ``1 - p``
-            rounded to a multiple of 2^-32.
+        keep_probability: The exact probability with which an element is kept: ``1 - p`` rounded
+            to a multiple of 2^-16.
     """
 
     def __init__(
         self, rows: int, columns: int, p: float, device: torch.device, seed: int | None
     ) -> None:
-        """Draw the tables of a (rows, columns) mask with drop probability ``p``.
+        """Draw the words of a (rows, columns) mask with drop probability ``p``.
 
         Args:
             rows: Rows of the matrix.
             columns: Columns of the matrix.
             p: Probability in (0, 1) with which an element is dropped.
             device: Where the matrix is.
-            seed: From `draw_seed`; None to draw the tables from the default generator.
+            seed: From `draw_seed`; None to draw the words from the default generator.
         """
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-        shape = (rows + 2 * columns,)
+        lanes = 2 * rows + 3 * columns
         words = torch.randint(
-            -(2**31), 2**31, shape, dtype=torch.int32, device=device, generator=generator
+            -(2**63), 2**63 - 1, (-(-lanes // 4),), device=device, generator=generator
         )
-        self._rows = words[:rows].unsqueeze(1)
-        self._columns = words[rows : rows + columns]
-        self._multipliers = words[rows + columns :] | 1
-        dropped = min(max(round(p * _WORDS), 1), _WORDS - 1)
-        self._threshold = dropped - _WORDS // 2
-        self.keep_probability = 1.0 - dropped / _WORDS
+        r, q, c, m, n, _ = words.view(torch.int16).split(
+            [rows, rows, columns, columns, columns, -lanes % 4]
+        )
+        self._r, self._q = r.unsqueeze(1), q.unsqueeze(1)
+        self._c, self._m, self._n = c, m | 1, n | 1
+        dropped = min(max(round(p * _LANE), 1), _LANE - 1)
+        self._threshold = dropped - _LANE // 2
+        self.keep_probability = 1.0 - dropped / _LANE
 
-    def block(self, rows: slice, scratch: Tensor | None = None) -> Tensor:
-        """Return the mask of some rows: int32 ones where kept, zeros where dropped.
-
-        Args:
-            rows: Which rows of the matrix.
-            scratch: Where to write, (at least len(rows), columns) int32; None to allocate.
-        """
-        table = self._rows[rows]
-        out = None if scratch is None else scratch[: table.shape[0]]
-        words = torch.bitwise_xor(table, self._columns, out=out)
-        return words.mul_(self._multipliers).ge_(self._threshold)
+    def block(self, rows: slice = slice(None)) -> Tensor:
+        """Return the mask of some rows: int16 ones where kept, zeros where dropped."""
+        words = torch.addcmul(self._c, self._r[rows], self._m)
+        return words.bitwise_xor_(self._q[rows]).mul_(self._n).ge_(self._threshold)
 
 
 def as_wide_as(mask: Tensor, dtype: torch.dtype) -> Tensor:

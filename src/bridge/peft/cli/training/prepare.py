@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -125,24 +123,6 @@ def base_dtype(options: TrainingOptions) -> torch.dtype:
     if options.dtype is None:
         return torch.bfloat16 if on_cuda else torch.float32
     return getattr(torch, options.dtype)
-
-
-def check_disk_space(spec: RunSpec, plan: Plan, output: Path) -> None:
-    """Check that the kept checkpoints, one more being written and the final adapter fit.
-
-    Raises:
-        AdapterError: they do not.
-    """
-    adapter, optimizer = plan.adapter_file_bytes, plan.optimizer_bytes
-    needed = (spec.options.keep_checkpoints + 1) * (adapter + optimizer) + adapter
-    existing = next(path for path in (output, *output.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise AdapterError(
-            f"no disk space for the run: {output} needs {needed / 1e6:,.1f} MB "
-            f"({spec.options.keep_checkpoints + 1} checkpoints and the adapter) and {existing} has "
-            f"{free / 1e6:,.1f} MB free; free some, lower --keep-checkpoints or --dim"
-        )
 
 
 def _rows(spec: RunSpec) -> tuple[list[Row], list[Row]]:

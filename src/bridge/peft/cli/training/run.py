@@ -20,7 +20,8 @@ from rich.console import Console
 from bridge.peft import save_adapter
 from bridge.peft.cli.models import load_model, model_digest, quiet_imports
 from bridge.peft.cli.training.callbacks import ShowProgress, StopOnSignal
-from bridge.peft.cli.training.prepare import Prepared, base_dtype, check_disk_space, prepare
+from bridge.peft.cli.training.disk import check_disk_space, disk_full_told
+from bridge.peft.cli.training.prepare import Prepared, base_dtype, prepare
 from bridge.peft.cli.training.record import (
     RunSpec,
     check_same_run,
@@ -123,7 +124,8 @@ def train(
     if not resume:
         _begin_record(started, output, overwrite=overwrite)
     trainer = _build_trainer(model, config, prepared, spec)
-    return _run(trainer, prepared, output, console, start)
+    with disk_full_told(output):
+        return _run(trainer, prepared, output, console, start)
 
 
 def train_and_report(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import math
 import os
 import shutil
@@ -19,7 +18,6 @@ from bridge.peft import load_adapter, save_adapter
 from bridge.peft.cli.models import quiet_imports
 from bridge.peft.cli.training.options import TrainingOptions
 from bridge.peft.cli.training.record import PARTIAL, checkpoints
-from bridge.peft.errors import AdapterError
 from bridge.peft.lora_mixin import LoRAMixin
 
 with quiet_imports():
@@ -98,24 +96,10 @@ class AdapterTrainer(SFTTrainer):
         self._writing_to = partial
         try:
             yield partial
-        except Exception as error:
-            if _is_disk_full(error, self._root):
-                raise AdapterError(self._disk_full()) from error
-            raise
         finally:
             self._writing_to = self._root
             if self.args.should_save:
                 shutil.rmtree(partial, ignore_errors=True)
-
-    def _disk_full(self) -> str:
-        kept = checkpoints(self._root)
-        step = self.state.global_step
-        if not kept:
-            return f"no space left on the disk at step {step}; free some and start again"
-        return (
-            f"no space left on the disk at step {step}; free some and continue from "
-            f"{kept[-1].name}: bridge-peft finetune --resume --output {self._root}"
-        )
 
 
 def trainer_config(
@@ -193,14 +177,3 @@ def _publish(partial: Path, final: Path) -> None:
     if final.exists():
         shutil.rmtree(final)
     os.rename(partial, final)
-
-
-def _is_disk_full(error: Exception, where: Path) -> bool:
-    """Tell a full disk, which torch and `save_adapter` report as errors of their own."""
-    cause = error.__cause__
-    if any(getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for e in (error, cause)):
-        return True
-    text = str(error)
-    return "No space left" in text or (
-        "PytorchStreamWriter" in text and shutil.disk_usage(where).free < 2**20
-    )

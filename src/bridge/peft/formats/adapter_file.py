@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,21 +11,26 @@ from typing import Any
 from torch import Tensor
 
 from bridge.peft.errors import AdapterFileError
+from bridge.peft.formats.adapter_directory import (
+    CONFIG_NAME,
+    EXTRA_NAME,
+    TENSORS_NAME,
+    checked_path,
+    json_bytes,
+    read_json,
+)
 from bridge.peft.formats.atomic import current_path, write_files
 from bridge.peft.formats.peft_config import PeftConfig, parse_config, scale_of
+from bridge.peft.formats.peft_targets import is_target
 from bridge.peft.formats.safetensors_file import read_tensors, serialize
 from bridge.peft.formats.side_file import check_side_file
 
-CONFIG_NAME = "adapter_config.json"
-TENSORS_NAME = "adapter_model.safetensors"
-EXTRA_NAME = "bridge_adapter.json"
 KEY_PREFIX = "base_model.model."
 _SUFFIXES = (".lora_A.weight", ".lora_B.weight")
 _BASE_BIAS = ".base_layer.bias"
 #: Saved by PEFT without a word in the config, when the vocabulary was resized.
 _EMBEDDINGS = frozenset(("embed_tokens", "lm_head", "wte", "shared", "word_embeddings"))
 MAX_NAME_LENGTH = 1_000
-_MAX_JSON_BYTES = 64_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,17 +91,31 @@ def read_adapter(directory: str | Path) -> AdapterFile:
         raise AdapterFileError(
             f"{directory} is no adapter directory; pass one that holds {CONFIG_NAME}"
         )
-    config = _read_json(_checked_path(directory, CONFIG_NAME))
+    config = read_json(checked_path(directory, CONFIG_NAME))
     parsed = parse_config(config)
     extra: dict[str, Any] = {}
     if current_path(directory, EXTRA_NAME).is_file():
-        extra = _read_json(_checked_path(directory, EXTRA_NAME))
-        check_side_file(extra)
-    tensors, whole = split_keys(read_tensors(_checked_path(directory, TENSORS_NAME)), parsed)
+        extra = read_json(checked_path(directory, EXTRA_NAME))
+    tensors, whole = split_keys(read_tensors(checked_path(directory, TENSORS_NAME)), parsed)
     adapter = AdapterFile(config=config, tensors=tensors, extra=extra, whole=whole)
-    for fqn, (a, b) in tensors.items():
-        _check_shapes(parsed, fqn, a, b)
+    check_adapter(adapter)
     return adapter
+
+
+def check_adapter(adapter: AdapterFile) -> None:
+    """Raise `AdapterFileError` unless tensors and config agree with each other.
+
+    Args:
+        adapter: What was read or converted.
+    """
+    check_side_file(adapter.extra)
+    for fqn, (a, b) in adapter.tensors.items():
+        _check_shapes(adapter.parsed, fqn, a, b)
+        if adapter.parsed.targets is not None and not is_target(adapter.parsed, fqn):
+            raise AdapterFileError(
+                f"the file has tensors for {fqn}, which target_modules does not match; mend "
+                "target_modules or save the adapter again"
+            )
 
 
 def write_adapter(adapter: AdapterFile, directory: str | Path) -> Path:
@@ -122,8 +140,8 @@ def write_adapter(adapter: AdapterFile, directory: str | Path) -> Path:
         directory,
         {
             TENSORS_NAME: serialize(tensors),
-            CONFIG_NAME: _json_bytes(adapter.config),
-            EXTRA_NAME: _json_bytes(adapter.extra),
+            CONFIG_NAME: json_bytes(adapter.config),
+            EXTRA_NAME: json_bytes(adapter.extra),
         },
     )
     return directory
@@ -206,54 +224,6 @@ def _check_shapes(config: PeftConfig, fqn: str, a: Tensor, b: Tensor) -> None:
             f"{fqn}: the config gives it rank {rank}, the file A {tuple(a.shape)} and B "
             f"{tuple(b.shape)}; mend r or rank_pattern, or save the adapter again"
         )
-
-
-def _checked_path(directory: Path, name: str) -> Path:
-    """The path of a file of the adapter, which must be inside its directory."""
-    path = current_path(directory, name)
-    if not path.exists():
-        pickle = directory / "adapter_model.bin"
-        if name == TENSORS_NAME and pickle.exists():
-            raise AdapterFileError(
-                f"{pickle} is a pickle, which can run any program when read; ask for the adapter "
-                "as safetensors, or convert it where it was trained"
-            )
-        raise AdapterFileError(f"{directory} holds no {name}; pass a PEFT adapter directory")
-    resolved, home = path.resolve(), directory.resolve()
-    # The cache of the Hugging Face Hub: snapshots/REVISION/FILE -> ../../blobs/HASH
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    if not (resolved.is_relative_to(home) or resolved.is_relative_to(blobs)):
-        raise AdapterFileError(
-            f"{path} is a link out of its directory, to {resolved}; copy the file itself there"
-        )
-    return path
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if not path.is_file():
-            raise AdapterFileError(f"{path} is not a regular file; save the adapter again")
-        with open(path, "rb") as file:
-            content = file.read(_MAX_JSON_BYTES + 1)
-    except OSError as error:
-        raise AdapterFileError(f"cannot read {path}: {error.strerror or error}") from error
-    if len(content) > _MAX_JSON_BYTES:
-        raise AdapterFileError(f"{path} is larger than {_MAX_JSON_BYTES:,} bytes")
-    try:
-        value = json.loads(content.decode(), parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{path} is no valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise AdapterFileError(f"{path} must hold an object, got a {type(value).__name__}")
-    return value
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _json_bytes(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _some(names: list[str]) -> str:

@@ -13,6 +13,7 @@ from bridge.peft.errors import AdapterError
 from bridge.peft.formats.adapter_file import AdapterFile
 from bridge.peft.formats.fingerprint import fingerprint
 from bridge.peft.formats.new_config import new_config
+from bridge.peft.formats.peft_config import alpha_for
 from bridge.peft.formats.peft_targets import choose_targets
 from bridge.peft.formats.whole import whole_of
 from bridge.peft.lora_mixin import LoRAMixin, TransposedAdapter
@@ -107,16 +108,12 @@ def _scaling(layers: dict[str, LoRAMixin]) -> tuple[bool, dict[str, float]]:
     """Whether the scales are rank-stabilised, and the alphas that give exactly these scales."""
     plain = all(m.scale == m.alpha / m.dim for m in layers.values())
     use_rslora = not plain and all(m.scale == m.alpha / math.sqrt(m.dim) for m in layers.values())
-    return use_rslora, {fqn: m.alpha if use_rslora else _alpha_for(m) for fqn, m in layers.items()}
-
-
-def _alpha_for(module: LoRAMixin) -> float:
-    """The alpha with `alpha / dim == scale`, exactly where a float can say so."""
-    if module.scale == module.alpha / module.dim:
-        return module.alpha
-    alpha = module.scale * module.dim
-    around = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
-    return next((a for a in around if a / module.dim == module.scale), alpha)
+    return use_rslora, {
+        fqn: layer.alpha
+        if use_rslora or layer.scale == layer.alpha / layer.dim
+        else alpha_for(layer.scale, layer.dim)
+        for fqn, layer in layers.items()
+    }
 
 
 def _branch(layer: LoRAMixin) -> dict[str, Any]:

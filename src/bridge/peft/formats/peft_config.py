@@ -146,6 +146,13 @@ def scale_of(alpha: float, rank: int, use_rslora: bool) -> float:
     return alpha / (math.sqrt(rank) if use_rslora else rank)
 
 
+def alpha_for(scale: float, rank: int) -> float:
+    """The alpha with `alpha / rank == scale`, exactly wherever a float can say so."""
+    alpha = scale * rank
+    around = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+    return next((a for a in around if a / rank == scale), alpha)
+
+
 def _refuse_what_cannot_be_honoured(config: dict[str, Any]) -> None:
     for name, value in config.items():
         if name in _CHECKS or name in _IGNORED or name == "init_lora_weights":

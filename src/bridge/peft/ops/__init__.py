@@ -16,6 +16,7 @@ from bridge.peft.ops.reference import add_branch, lora_branch_reference, lora_li
 
 __all__ = ["Path", "choose_path", "lora_add", "lora_linear"]
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -31,6 +32,13 @@ class Path:
 
     name: str
     reason: str
+
+
+_FUSED = Path("fused", "plain linear: the branch is added into its result")
+_BRANCH = Path("branch", "the base's own forward, then the branch")
+_COMPILED = Path("reference", "compiled: the compiler fuses the plain formula itself")
+_FROZEN = Path("reference", "A or B is frozen, so the plain formula saves less")
+_TRANSFORMED = Path("reference", "inside a torch.func transform or a forward-mode derivative")
 
 
 def choose_path(
@@ -50,19 +58,17 @@ def choose_path(
         The path, with its reason.
     """
     for t in tensors:
-        if t is not None and type(t) not in (Tensor, torch.nn.Parameter):
+        if t is not None and type(t) not in _PLAIN:
             return Path("reference", f"{type(t).__name__} is a tensor subclass")
         if t is not None and t.dtype not in _FLOATS:
             return Path("reference", f"{t.dtype} is not a dtype of the fast path")
     if torch.compiler.is_compiling():
-        return Path("reference", "compiled: the compiler fuses the plain formula itself")
+        return _COMPILED
     if not trains_a_and_b:
-        return Path("reference", "A or B is frozen, so the plain formula saves less")
-    if _transformed():
-        return Path("reference", "inside a torch.func transform or a forward-mode derivative")
-    if plain_linear:
-        return Path("fused", "plain linear: the branch is added into its result")
-    return Path("branch", "the base's own forward, then the branch")
+        return _FROZEN
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return _TRANSFORMED
+    return _FUSED if plain_linear else _BRANCH
 
 
 def lora_linear(
@@ -148,13 +154,8 @@ def _reference_dropout(
         return dropout, position, None
     width = x.shape[-1] if position == "pre" else lora_b.shape[0]
     mask = SeededMask(x.shape[:-1].numel(), width, dropout, x.device, seed=None)
-    kept = mask.block().bool().view(*x.shape[:-1], width)
+    kept = mask.whole().view(*x.shape[:-1], width)
     return 1.0 - mask.keep_probability, position, kept
-
-
-def _transformed() -> bool:
-    """Whether torch.func transforms or forward-mode derivatives are at work."""
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def _autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:

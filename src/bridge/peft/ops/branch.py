@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ def contract(x: Tensor, a: Tensor, mask: SeededMask | None) -> Tensor:
     """
     if mask is None and x.dtype == a.dtype:
         return _narrow(x, a)
-    return torch.cat([_narrow(_masked(x[rows], a, kept), a) for rows, kept in _blocks(x, a, mask)])
+    return _cat([_narrow(_masked(x_, a, kept), a) for kept, x_ in _blocks(a, mask, x)])
 
 
 def contract_backward(
@@ -94,12 +95,12 @@ def contract_backward(
     if mask is None and x.dtype == a.dtype:
         if dx is not None:
             dx.addmm_(dh, a, alpha=s)
-        return _outer(dh, x, s)
+        return _outer(dh, x, a, s)
     total = _Sum()
-    for rows, kept in _blocks(x, a, mask):
+    for kept, x_, dh_, dx_ in _blocks(a, mask, x, dh, x if dx is None else dx):
         if dx is not None:
-            _add_product_(dx[rows], dh[rows], a, s, kept)
-        total.add(_outer(dh[rows], _masked(x[rows], a, kept), s))
+            _add_product_(dx_, dh_, a, s, kept)
+        total.add(_outer(dh_, _masked(x_, a, kept), a, s))
     return total.value.to(a.dtype)
 
 
@@ -116,8 +117,8 @@ def expand_(y: Tensor, h: Tensor, a: Tensor, s: float, mask: SeededMask | None) 
     if mask is None and y.dtype == a.dtype:
         y.addmm_(h, a, alpha=s)
         return
-    for rows, kept in _blocks(y, a, mask):
-        _add_product_(y[rows], h[rows], a, s, kept)
+    for kept, y_, h_ in _blocks(a, mask, y, h):
+        _add_product_(y_, h_, a, s, kept)
 
 
 def expand_backward(
@@ -136,26 +137,34 @@ def expand_backward(
         (tokens, dim) and (dim, features).
     """
     if mask is None and dy.dtype == a.dtype:
-        return _narrow(dy, a), _outer(h, dy, s)
+        return _narrow(dy, a), _outer(h, dy, a, s)
     total, dhs = _Sum(), []
-    for rows, kept in _blocks(dy, a, mask):
-        block = _masked(dy[rows], a, kept)
+    for kept, dy_, h_ in _blocks(a, mask, dy, h):
+        block = _masked(dy_, a, kept)
         dhs.append(_narrow(block, a))
-        total.add(_outer(h[rows], block, s))
-    return torch.cat(dhs), total.value.to(a.dtype)
+        total.add(_outer(h_, block, a, s))
+    return _cat(dhs), total.value.to(a.dtype)
 
 
-def _blocks(x: Tensor, a: Tensor, mask: SeededMask | None) -> Iterator[tuple[slice, Tensor | None]]:
-    """Yield blocks of rows of x, each with its mask as wide as the elements of ``a``."""
-    step = max(1, _BLOCK_ELEMENTS // x.shape[1])
-    for start in range(0, max(x.shape[0], 1), step):
-        rows = slice(start, start + step)
-        yield rows, None if mask is None else as_wide_as(mask.block(rows), a.dtype)
+def _blocks(a: Tensor, mask: SeededMask | None, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Yield blocks of rows: the mask, as wide as elements of ``a``, and those of ``tensors``."""
+    step = max(1, _BLOCK_ELEMENTS // a.shape[1])
+    parts = zip(*(t.split(step) for t in tensors), strict=True)
+    if mask is None:
+        return ((None, *part) for part in parts)
+    kept = (as_wide_as(block, a.dtype) for block in mask.blocks(step))
+    return ((block, *part) for block, part in zip(kept, parts, strict=True))
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    """The blocks in one, without a copy where there is one only."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _masked(x: Tensor, a: Tensor, kept: Tensor | None) -> Tensor:
     """A block of x in the dtype of ``a``, its dropped elements 0; uses up ``kept``."""
-    x = x.to(a.dtype)
+    if x.dtype != a.dtype:
+        x = x.to(a.dtype)
     return x if kept is None else consume_(kept, x)
 
 
@@ -172,12 +181,12 @@ def _narrow(x: Tensor, a: Tensor) -> Tensor:
     return x @ a.t()
 
 
-def _outer(h: Tensor, x: Tensor, s: float) -> Tensor:
-    """``s hᵀ x``: (dim, features)."""
-    nothing = h.new_empty(())  # with beta=0 it is not read
+def _outer(h: Tensor, x: Tensor, a: Tensor, s: float) -> Tensor:
+    """``s hᵀ x``, of the shape of ``a``: (dim, features)."""
+    # addmm for its factor; with beta=0 it does not read its first argument
     if h.shape[1] * h.element_size() >= _WIDE_BYTES:
-        return torch.addmm(nothing, x.t(), h, beta=0, alpha=s).t()
-    return torch.addmm(nothing, h.t(), x, beta=0, alpha=s)
+        return torch.addmm(a.t(), x.t(), h, beta=0, alpha=s).t()
+    return torch.addmm(a, h.t(), x, beta=0, alpha=s)
 
 
 class _Sum:

@@ -12,11 +12,13 @@ like independent draws because the multipliers are random (multiply-shift hashin
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 _LANE = 2**16
-_INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGER_OF_SIZE = {4: torch.int32, 8: torch.int64}
 
 
 def draw_seed() -> int:
@@ -53,24 +55,29 @@ class SeededMask:
         words = torch.randint(
             -(2**63), 2**63 - 1, (-(-lanes // 4),), device=device, generator=generator
         )
-        r, q, c, m, n, _ = words.view(torch.int16).split(
-            [rows, rows, columns, columns, columns, -lanes % 4]
-        )
-        self._r, self._q = r.unsqueeze(1), q.unsqueeze(1)
-        self._c, self._m, self._n = c, m | 1, n | 1
+        words = words.view(torch.int16)
+        words[2 * rows + columns :].bitwise_or_(1)  # m and n are odd
+        parts = words.split([rows, rows, columns, columns, columns, -lanes % 4])
+        self._r, self._q = parts[0].unsqueeze(1), parts[1].unsqueeze(1)
+        self._c, self._m, self._n = parts[2:5]
         dropped = min(max(round(p * _LANE), 1), _LANE - 1)
         self._threshold = dropped - _LANE // 2
         self.keep_probability = 1.0 - dropped / _LANE
 
-    def block(self, rows: slice = slice(None)) -> Tensor:
-        """Return the mask of some rows: int16 ones where kept, zeros where dropped."""
-        words = torch.addcmul(self._c, self._r[rows], self._m)
-        return words.bitwise_xor_(self._q[rows]).mul_(self._n).ge_(self._threshold)
+    def blocks(self, step: int) -> Iterator[Tensor]:
+        """Yield the mask by ``step`` rows: int16 ones where kept, zeros where dropped."""
+        for r, q in zip(self._r.split(step), self._q.split(step), strict=True):
+            words = torch.addcmul(self._c, r, self._m)
+            yield words.bitwise_xor_(q).mul_(self._n).ge_(self._threshold)
+
+    def whole(self) -> Tensor:
+        """Return the whole mask: boolean, (rows, columns), True where an element is kept."""
+        return next(self.blocks(max(1, self._r.shape[0]))).bool()
 
 
 def as_wide_as(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``mask`` in integers as wide as ``dtype``, for `apply_` and `consume_`."""
-    return mask.to(_INTEGER_OF_SIZE[dtype.itemsize])
+    return mask if dtype.itemsize == 2 else mask.to(_INTEGER_OF_SIZE[dtype.itemsize])
 
 
 def apply_(x: Tensor, mask: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ def _differentiable(
     p, kept = 0.0, None
     for mask in masks:
         if mask is not None:
-            p, kept = 1.0 - mask.keep_probability, mask.block().bool().view(*x.shape[:-1], -1)
+            p, kept = 1.0 - mask.keep_probability, mask.whole().view(*x.shape[:-1], -1)
     y = formula(*inputs, branch.scale, p, branch.position, kept)
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
     grads = iter(torch.autograd.grad(y, wanted, dy.to(y.dtype), create_graph=True))

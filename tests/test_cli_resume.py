@@ -135,10 +135,17 @@ def test_the_whole_history_is_in_the_curve_of_a_resumed_run(stopped, uninterrupt
 
 
 def test_a_second_ctrl_c_stops_at_once_with_what_there_is(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(callbacks, "_ECHO_SECONDS", -1.0)
     stop_after(9, monkeypatch, times=2)
     assert finetune(*arguments, "--output", tmp_path / "run") == 130
     printed = capsys.readouterr()
     assert "kept checkpoint-7" in printed.out and printed.err == "error: interrupted\n"
+
+
+def test_the_same_ctrl_c_passed_on_by_torchrun_is_one(arguments, tmp_path, monkeypatch):
+    stop_after(9, monkeypatch, times=2)
+    assert finetune(*arguments, "--output", tmp_path / "run") == 130
+    assert checkpoints(tmp_path / "run")[-1].name == "checkpoint-9"
 
 
 def test_sigterm_stops_like_ctrl_c(arguments, tmp_path, monkeypatch):
@@ -159,6 +166,21 @@ def test_a_half_written_checkpoint_is_never_taken_for_one(stopped, uninterrupted
     assert finetune("--resume", "--output", stopped) == 0
     assert adapter(stopped) == adapter(uninterrupted)
     assert not (stopped / ".partial").exists()
+
+
+def test_a_run_that_died_after_its_last_step_takes_no_other(arguments, uninterrupted, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(uninterrupted, output)
+    for name in ("metrics.json", "adapter_model.safetensors", "loss.png"):
+        (output / name).unlink()
+    assert finetune("--resume", "--output", output) == 0
+    assert adapter(output) == adapter(uninterrupted)
+    whole, metrics = (
+        json.loads((run / "metrics.json").read_text()) for run in (uninterrupted, output)
+    )
+    assert metrics["steps"] == metrics["resumed_from_step"] == whole["steps"]
+    assert metrics["eval_loss_after"] == whole["eval_loss_after"]
+    assert (output / "loss.png").is_file()
 
 
 def test_intervals_may_change_on_the_way(stopped, uninterrupted, capsys):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -43,6 +44,9 @@ def run(arguments: list[str]) -> int:
         return _fail(f"{_sentence(error.format_message())} See: {_help_of(error)}")  # pyright: ignore
     except (AdapterError, UnsupportedLinearError, MissingExtraError) as error:
         return _fail(str(error))
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         if error.errno in _NO_SPACE:
             return _fail(

@@ -18,6 +18,7 @@ with quiet_imports():
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 _PLAIN_LINES = 10
+_ECHO_SECONDS = 0.5  # torchrun passes on to its workers what the terminal has sent them already
 
 
 class StopOnSignal(TrainerCallback):
@@ -34,6 +35,7 @@ class StopOnSignal(TrainerCallback):
         self.received: int | None = None
         self.stopped = False
         self._console = console
+        self._first_at: float | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -53,10 +55,14 @@ class StopOnSignal(TrainerCallback):
             self.stopped = control.should_save = control.should_training_stop = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        self._console.print("Stopping after this step, with a checkpoint (again: stop at once).")
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
+        now = time.monotonic()
+        if self._first_at is None:
+            self.received, self._first_at = number, now
+            self._console.print(
+                "Stopping after this step, with a checkpoint (again: stop at once)."
+            )
+        elif now - self._first_at > _ECHO_SECONDS:
+            raise KeyboardInterrupt
 
     def _seen_anywhere(self, device: torch.device) -> bool:
         """All processes must stop at the same step, or the others wait for ever."""
@@ -72,14 +78,10 @@ class ShowProgress(TrainerCallback):
     """A bar with loss and time left on a terminal, about ten plain lines elsewhere.
 
     Attributes:
-        step_before: the step this process started at.
-        tokens_before: the tokens seen before that step.
         evaluation_seconds: how long this process has evaluated.
     """
 
     def __init__(self, console: Console) -> None:
-        self.step_before = 0
-        self.tokens_before = 0
         self.evaluation_seconds = 0.0
         self._console = console
         self._bar: Progress | None = None
@@ -94,8 +96,7 @@ class ShowProgress(TrainerCallback):
         """Start the bar, and let this process's intervals win over a checkpoint's."""
         state.compute_steps(args, state.max_steps)
         self._started = time.perf_counter()
-        self.tokens_before = int(state.num_input_tokens_seen)
-        self.step_before = self._next_line = state.global_step
+        self._next_line = state.global_step
         if self._console.is_terminal and state.is_world_process_zero:
             self._bar = Progress(
                 TextColumn("training"),

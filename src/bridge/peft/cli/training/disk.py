@@ -29,10 +29,11 @@ def check_disk_space(spec: RunSpec, plan: Plan, output: Path) -> None:
     existing = next(path for path in (output, *output.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(existing).free
     if free < needed:
+        parts = f"{more} checkpoint{'s' if more > 1 else ''} and the adapter"
         raise AdapterError(
-            f"no disk space for the run: {output} needs {needed / 1e6:,.1f} MB ({more} checkpoints "
-            f"and the adapter) and {existing} has {free / 1e6:,.1f} MB free; free some, lower "
-            "--keep-checkpoints or --dim"
+            f"no disk space for the run: {output} needs {needed / 1e6:,.1f} MB ({parts}) and "
+            f"{existing} has {free / 1e6:,.1f} MB free; free some, lower --keep-checkpoints or "
+            "--dim"
         )
 
 

@@ -240,7 +240,7 @@ def _run(
     begun = time.perf_counter()
     try:
         with stop, _hold_back_chatter():
-            trainer.train(resume_from_checkpoint=str(start) if start else None)
+            trainer.train_from(start)
     except KeyboardInterrupt:  # the second Ctrl-C
         if checkpoints(output):
             _say_how_to_resume(output, console)
@@ -266,13 +266,13 @@ def _training_figures(
     history = trainer.state.log_history
     _, losses = loss_points(history, "loss")
     _, evaluations = loss_points(history, "eval_loss")
-    tokens = trainer.state.num_input_tokens_seen - progress.tokens_before
+    tokens = trainer.state.num_input_tokens_seen - trainer.tokens_before
     return {
         "eval_loss_before": evaluations[0] if evaluations else None,
         "eval_loss_after": evaluations[-1] if evaluations else None,
         "train_loss": losses[-1],
         "steps": trainer.state.global_step,
-        "resumed_from_step": progress.step_before,
+        "resumed_from_step": trainer.step_before,
         "seconds": seconds,
         "tokens": tokens,
         "tokens_per_second": tokens / max(seconds - progress.evaluation_seconds, 1e-9),

@@ -21,7 +21,8 @@ from bridge.peft.cli.training.record import PARTIAL, checkpoints
 from bridge.peft.lora_mixin import LoRAMixin
 
 with quiet_imports():
-    from transformers import Trainer
+    from transformers import Trainer, TrainerState
+    from transformers.trainer import TRAINER_STATE_NAME
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
@@ -36,13 +37,36 @@ class AdapterTrainer(SFTTrainer):
     Args:
         keep: newest checkpoints kept.
         **kwargs: what `SFTTrainer` takes.
+
+    Attributes:
+        step_before: the step this process started at.
+        tokens_before: the tokens seen before that step.
     """
 
     def __init__(self, *, keep: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.step_before = 0
+        self.tokens_before = 0
         self._keep = keep
         self._root = Path(str(self.args.output_dir))
         self._writing_to = self._root
+
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Train from a checkpoint, or from the start; of a run's last checkpoint, just take over.
+
+        Args:
+            checkpoint: as `checkpoint_to_resume` gives it.
+        """
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            self.step_before = state.global_step
+            self.tokens_before = int(state.num_input_tokens_seen)
+            if state.global_step >= self.args.max_steps:
+                # the process died between its last step and its report; Trainer would do one more
+                self._load_from_checkpoint(str(checkpoint))
+                self.state = state
+                return
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     def compute_loss(
         self,
@@ -136,8 +160,6 @@ def trainer_config(
             warmup_steps=options.warmup,
             weight_decay=options.weight_decay,
             max_grad_norm=options.max_grad_norm,
-            num_train_epochs=options.epochs,
-            max_steps=options.steps or -1,
             per_device_train_batch_size=options.batch_size,
             per_device_eval_batch_size=options.batch_size,
             gradient_accumulation_steps=options.gradient_accumulation,
@@ -154,7 +176,7 @@ def trainer_config(
             include_num_input_tokens_seen="non_padding",
             max_length=None,
         )
-    steps = total_steps(options, samples, processes=config.world_size)
+    config.max_steps = steps = total_steps(options, samples, processes=config.world_size)
     config.eval_steps = options.eval_every or math.ceil(steps / 10)
     config.save_steps = options.save_every or math.ceil(steps / 10)
     config.logging_steps = options.log_every or math.ceil(steps / 200)

@@ -161,7 +161,7 @@ def _reference_dropout(
 def _autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:
     """Cast what ``F.linear`` would cast under autocast, outside of the autograd function."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return x, *others
     dtype = torch.get_autocast_dtype(device)
     return tuple(

@@ -170,8 +170,9 @@ def _masked(x: Tensor, a: Tensor, kept: Tensor | None) -> Tensor:
 
 def _add_product_(y: Tensor, h: Tensor, a: Tensor, s: float, kept: Tensor | None) -> None:
     """Add ``s h a``, its dropped elements 0, into a block of y in place."""
-    product = h @ a
-    y.add_(product if kept is None else apply_(product, kept), alpha=s)
+    # addmm for its factor, before the product is rounded; with beta=0 it reads no first argument
+    product = torch.addmm(a.new_empty(()), h, a, beta=0, alpha=s)
+    y.add_(product if kept is None else apply_(product, kept))
 
 
 def _narrow(x: Tensor, a: Tensor) -> Tensor:
@@ -183,7 +184,6 @@ def _narrow(x: Tensor, a: Tensor) -> Tensor:
 
 def _outer(h: Tensor, x: Tensor, a: Tensor, s: float) -> Tensor:
     """``s hᵀ x``, of the shape of ``a``: (dim, features)."""
-    # addmm for its factor; with beta=0 it does not read its first argument
     if h.shape[1] * h.element_size() >= _WIDE_BYTES:
         return torch.addmm(a.t(), x.t(), h, beta=0, alpha=s).t()
     return torch.addmm(a, h.t(), x, beta=0, alpha=s)

@@ -50,7 +50,9 @@ class SeededMask:
             device: Where the matrix is.
             seed: From `draw_seed`; None to draw the words from the default generator.
         """
-        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        generator = None
+        if seed is not None and device.type != "meta":  # meta has no generator
+            generator = torch.Generator(device).manual_seed(seed)
         lanes = 2 * rows + 3 * columns
         words = torch.randint(
             -(2**63), 2**63 - 1, (-(-lanes // 4),), device=device, generator=generator

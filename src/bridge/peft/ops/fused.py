@@ -39,7 +39,8 @@ class LoRALinearFunction(torch.autograd.Function):
         expand_(_rows(y), h, lora_b.t(), s, post)
         ctx.save_for_backward(x, weight, bias, lora_a, lora_b, h)
         ctx.seed, ctx.branch = seed, branch
-        return y
+        # F.linear may return a view of its own result: not a view, consumers may write into it.
+        return torch.ops.aten._unsafe_view(y, y.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from bridge.peft import LoRA, adapter_state_dict, load_adapter, merge, save_adapter
+from bridge.peft import (
+    LoRA,
+    adapter_state_dict,
+    disable_adapters,
+    load_adapter,
+    merge,
+    patch_linear_module,
+    save_adapter,
+)
 from bridge.peft.errors import AdapterError, AlreadyAdaptedError
 from bridge.peft.formats.peft import read_adapter, write_adapter
 
@@ -90,3 +98,100 @@ def test_a_merged_model_keeps_the_fingerprint_of_its_base(tmp_path):
     merge(model)
     save_adapter(model, tmp_path)
     load_adapter(small_model(), tmp_path, strict=True)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_wrapped_models_are_saved_and_loaded_under_their_own_names(tmp_path, wrap):
+    save_adapter(wrap(trained(small_model(), dim=3)), tmp_path)
+    assert set(read_adapter(tmp_path).tensors) == {"0", "1.0", "1.1"}
+    wrapped = wrap(small_model())
+    assert load_adapter(wrapped, tmp_path) is wrapped
+    assert len(adapter_state_dict(wrapped)) == 6
+
+
+def test_compiled_blocks_are_saved_and_loaded_under_their_own_names(tmp_path):
+    model = trained(small_model(), dim=3)
+    model[1].compile()
+    model[1] = torch.compile(model[1])
+    save_adapter(model, tmp_path)
+    assert set(read_adapter(tmp_path).tensors) == {"0", "1.0", "1.1"}
+    load_adapter(small_model(), tmp_path)
+
+
+def test_sharded_matrices_are_gathered(tmp_path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = trained(small_model(), dim=3)
+        save_adapter(model, tmp_path / "whole")
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        save_adapter(model, tmp_path / "sharded")
+    finally:
+        torch.distributed.destroy_process_group()
+    whole, sharded = (read_adapter(tmp_path / name) for name in ("whole", "sharded"))
+    assert whole.config == sharded.config
+    for fqn, pair in whole.tensors.items():
+        assert all(map(torch.equal, pair, sharded.tensors[fqn]))
+
+
+def test_a_quantised_base_takes_the_dtype_of_the_file(tmp_path):
+    import bitsandbytes
+
+    def quantised():
+        torch.manual_seed(0)
+        layer = bitsandbytes.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4")
+        return nn.Sequential(layer.to("cpu"))
+
+    model = trained(quantised(), dim=3, lora_dtype=torch.bfloat16)
+    save_adapter(model, tmp_path)
+    loaded = load_adapter(quantised(), tmp_path, strict=True)
+    assert loaded[0].lora_a.weight.dtype == torch.bfloat16
+    x = torch.randn(2, 64)
+    assert torch.equal(loaded(x), model(x))
+    with pytest.raises(AdapterError, match="float32 here and was uint8 there"):
+        load_adapter(nn.Sequential(nn.Linear(64, 64)), tmp_path, strict=True)
+
+
+def test_settings_that_differ_between_modules_come_back(tmp_path):
+    model = small_model()
+    patch_linear_module(model[0], dim=2, dropout=0.5, dropout_position="pre")
+    patch_linear_module(model[1][0], dim=3, lora_A_init_method="uniform")
+    patch_linear_module(model[1][1], dim=3)
+    model.requires_grad_(False)
+    save_adapter(model, tmp_path)
+    loaded = load_adapter(small_model(), tmp_path)
+    for name in ("0", "1.0", "1.1"):
+        ours, theirs = model.get_submodule(name), loaded.get_submodule(name)
+        assert ours.dropout.p == theirs.dropout.p
+        assert ours.dropout_position == theirs.dropout_position
+        assert ours.lora_a.init_method == theirs.lora_a.init_method
+
+
+def test_parameters_trained_beside_the_adapter_are_saved_and_come_back(tmp_path):
+    model = trained(small_model(), target_modules=["1.0"], dim=3)
+    model[1][1].requires_grad_(True)
+    model[1][0].bias.requires_grad_(True)
+    with torch.no_grad():
+        model[1][1].weight.add_(1)
+        model[1][0].bias.add_(1)
+    save_adapter(model, tmp_path)
+    config = read_adapter(tmp_path).config
+    assert (config["modules_to_save"], config["bias"]) == (["1.1"], "lora_only")
+    loaded = load_adapter(small_model(), tmp_path)
+    x = torch.randn(2, 6)
+    assert torch.equal(loaded(x), model(x))
+    assert loaded[1][1].weight.requires_grad and not loaded[0].weight.requires_grad
+    with disable_adapters(loaded):
+        assert torch.equal(loaded(x), small_model()(x))
+    save_adapter(loaded, tmp_path / "again")
+    assert read_adapter(tmp_path / "again").whole.keys() == read_adapter(tmp_path).whole.keys()
+
+
+def test_loading_draws_nothing_from_the_global_generator(tmp_path):
+    save_adapter(trained(small_model(), dim=3), tmp_path)
+    model = small_model()
+    before = torch.get_rng_state()
+    load_adapter(model, tmp_path)
+    assert torch.equal(before, torch.get_rng_state())

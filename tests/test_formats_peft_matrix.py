@@ -286,3 +286,36 @@ def test_modules_with_the_names_of_keys_are_not_confused(tmp_path, targets):
     assert torch.equal(load_adapter(copy.deepcopy(base), tmp_path)(x), ours(x))
     if targets == ["re:weight"]:
         torch.testing.assert_close(read_by_peft(base, tmp_path)(x), ours(x), **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bert"])
+def test_our_files_say_what_peft_s_files_say(tmp_path, name):
+    base = build(name)
+    targets = SOME_TARGETS.get(name, ["q_proj", "v_proj"])[:2]
+    ours = LoRA(target_modules=targets, dim=4, alpha=6, dropout=0.1)(copy.deepcopy(base))
+    save_adapter(ours, tmp_path / "ours")
+    mine = read_adapter(tmp_path / "ours")
+    task = mine.config["task_type"]
+    theirs = peft_of(
+        base,
+        target_modules=targets,
+        r=4,
+        lora_alpha=6,
+        lora_dropout=0.1,
+        task_type=task,
+        fan_in_fan_out=name == "gpt2",
+    )
+    save_quietly(theirs, tmp_path / "theirs")
+    other = read_adapter(tmp_path / "theirs")
+    assert task == {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}.get(name)
+    assert mine.tensors.keys() == other.tensors.keys()
+    written_by_base_class = {"auto_mapping", "peft_version"}
+    for field, value in other.config.items():
+        if field == "target_modules":
+            assert sorted(value) == sorted(mine.config[field])
+        elif field in mine.config and field not in written_by_base_class:
+            assert mine.config[field] == value, field
+        elif field not in written_by_base_class:
+            # a field that older versions of PEFT do not know, at its default
+            assert value == getattr(peft.LoraConfig(), field), field
+    assert mine.config.keys() <= other.config.keys()

@@ -12,7 +12,7 @@ from bridge.peft.formats.atomic import current_path
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 EXTRA_NAME = "bridge_adapter.json"
-_MAX_JSON_BYTES = 64_000_000
+_MAX_JSON_BYTES = 16_000_000
 
 
 def checked_path(directory: Path, name: str) -> Path:
@@ -26,6 +26,8 @@ def checked_path(directory: Path, name: str) -> Path:
         AdapterFileError: It is missing, or a link to somewhere else.
     """
     path = current_path(directory, name)
+    if path.exists() and not path.is_file():
+        raise AdapterFileError(f"{path} is no regular file; save the adapter again")
     if not path.exists():
         pickle = directory / "adapter_model.bin"
         if name == TENSORS_NAME and pickle.exists():
@@ -54,21 +56,44 @@ def read_json(path: Path) -> dict[str, Any]:
         AdapterFileError: It is too large, no JSON, or no object.
     """
     try:
-        if not path.is_file():
-            raise AdapterFileError(f"{path} is not a regular file; save the adapter again")
         with open(path, "rb") as file:
             content = file.read(_MAX_JSON_BYTES + 1)
     except OSError as error:
-        raise AdapterFileError(f"cannot read {path}: {error.strerror or error}") from error
+        raise AdapterFileError(
+            f"cannot read {path}: {error.strerror or error}; copy it again"
+        ) from error
     if len(content) > _MAX_JSON_BYTES:
-        raise AdapterFileError(f"{path} is larger than {_MAX_JSON_BYTES:,} bytes")
+        raise AdapterFileError(
+            f"{path} is larger than {_MAX_JSON_BYTES:,} bytes; save the adapter again"
+        )
     try:
-        value = json.loads(content.decode(), parse_constant=_no_constant)
+        value = json.loads(
+            content.decode(), parse_constant=_no_constant, object_pairs_hook=no_duplicates
+        )
     except (ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{path} is no valid JSON: {error}") from error
+        raise AdapterFileError(
+            f"{path} is no valid JSON ({error}); save the adapter again"
+        ) from error
     if not isinstance(value, dict):
         raise AdapterFileError(f"{path} must hold an object, got a {type(value).__name__}")
     return value
+
+
+def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object in which every key is there once; for `json.loads`.
+
+    Args:
+        pairs: Its keys and values.
+
+    Raises:
+        ValueError: A key is there twice.
+    """
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"duplicate key {key[:80]!r}")
+        result[key] = value
+    return result
 
 
 def _no_constant(name: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +20,7 @@ from bridge.peft.formats.adapter_directory import (
     json_bytes,
     read_json,
 )
-from bridge.peft.formats.atomic import current_path, write_files
+from bridge.peft.formats.atomic import COMMITTED, current_path, write_files
 from bridge.peft.formats.peft_config import PeftConfig, parse_config, scale_of
 from bridge.peft.formats.peft_targets import is_target
 from bridge.peft.formats.safetensors_file import read_tensors, serialize
@@ -94,6 +95,12 @@ def read_adapter(directory: str | Path) -> AdapterFile:
     config = read_json(checked_path(directory, CONFIG_NAME))
     parsed = parse_config(config)
     extra: dict[str, Any] = {}
+    if (directory / COMMITTED).is_dir():
+        warnings.warn(
+            f"a save into {directory} was interrupted; its files in {COMMITTED} are read, and the "
+            "next save puts them in their places",
+            stacklevel=2,
+        )
     if current_path(directory, EXTRA_NAME).is_file():
         extra = read_json(checked_path(directory, EXTRA_NAME))
     tensors, whole = split_keys(read_tensors(checked_path(directory, TENSORS_NAME)), parsed)
@@ -110,6 +117,8 @@ def check_adapter(adapter: AdapterFile) -> None:
     """
     check_side_file(adapter.extra)
     for fqn, (a, b) in adapter.tensors.items():
+        if not fqn.isprintable() or len(fqn) > MAX_NAME_LENGTH:
+            raise AdapterFileError(f"{fqn[:80]!r} is no name of a module; save the adapter again")
         _check_shapes(adapter.parsed, fqn, a, b)
         if adapter.parsed.targets is not None and not is_target(adapter.parsed, fqn):
             raise AdapterFileError(

@@ -8,6 +8,8 @@ there.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -21,6 +23,7 @@ from bridge.peft.errors import AdapterFileError
 COMMITTED = ".adapter.commit"
 _STAGING_PREFIX = ".adapter.staging-"
 _STALE_SECONDS = 3600.0
+_COMMIT_ATTEMPTS = 100
 
 
 def write_files(directory: Path, files: Mapping[str, bytes | memoryview]) -> None:
@@ -58,11 +61,11 @@ def finish_commit(directory: Path) -> None:
     committed = directory / COMMITTED
     if committed.is_symlink() or not committed.is_dir():
         return
-    for path in sorted(committed.iterdir()):
-        try:
-            os.replace(path, directory / path.name)
-        except FileNotFoundError:
-            continue  # another process is finishing the same commit
+    # Another process may be finishing the same commit.
+    with contextlib.suppress(FileNotFoundError):
+        for path in sorted(committed.iterdir()):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(path, directory / path.name)
     _sync_directory(directory)
     _remove_if_empty(committed)
 
@@ -90,10 +93,23 @@ def _stage_and_commit(directory: Path, files: Mapping[str, bytes | memoryview]) 
                 file.flush()
                 os.fsync(file.fileno())
         _sync_directory(staging)
-        os.rename(staging, directory / COMMITTED)
+        _commit(staging, directory)
         _sync_directory(directory)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _commit(staging: Path, directory: Path) -> None:
+    """Rename, after any commit of another process that is still being finished."""
+    for _ in range(_COMMIT_ATTEMPTS):
+        try:
+            os.rename(staging, directory / COMMITTED)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            finish_commit(directory)
+    raise OSError(errno.EBUSY, "other processes keep saving into it")
 
 
 def _remove_stale_staging(directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,11 @@ class Converted:
     tensors: dict[str, Tensor]
     side: dict[str, Any]
     steps: list[Step]
+
+
+def is_prefix(value: Any) -> bool:
+    """Whether a side file's `prefix` can stand before `layers`: empty, or a name and a dot."""
+    return isinstance(value, str) and re.fullmatch(r"(?:[\w-]{1,200}\.){0,9}", value) is not None
 
 
 def paired(halves: Mapping[str, Mapping[str, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -119,19 +125,16 @@ def _old_adapter(
 
 
 def _other_linears(tensors: Mapping[str, Any], layout: AttentionLayout | None) -> Iterator[str]:
-    """Names that `target_modules` must not mean: any layer's, if the layers are not known."""
-    ends: set[str] = set()
-    prefixes: set[str] = set()
+    """Names that `target_modules` must not mean: the same linears in other layers."""
+    kinds: set[tuple[str, str]] = set()
     for fqn in tensors:
         parts = fqn.split(".")
         place = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
         if place is not None:
-            prefixes.add(".".join(parts[:place]))
-            ends.add(".".join(parts[place + 1 :]))
+            kinds.add((".".join(parts[:place]), ".".join(parts[place + 1 :])))
     # an unknown layer makes every short name mean too much, so full names are taken
     layers = range(layout.layers) if layout and layout.layers else ("unknown",)
-    for prefix in prefixes:
-        for end in ends:
-            for layer in layers:
-                if (fqn := f"{prefix}.{layer}.{end}") not in tensors:
-                    yield fqn
+    for prefix, end in kinds:
+        for layer in layers:
+            if (fqn := f"{prefix}.{layer}.{end}") not in tensors:
+                yield fqn

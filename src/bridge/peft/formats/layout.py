@@ -16,6 +16,7 @@ from bridge.peft.errors import AdapterError, AdapterFileError
 #: Model types of transformers whose heads torchtune stores with interleaved rotary halves.
 _INTERLEAVED = frozenset(("llama", "mistral", "gemma", "gemma2"))
 _MAX = 1_000_000
+_MAX_LAYERS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,11 @@ class AttentionLayout:
                 f"{self.heads} heads in {self.groups} query groups of {self.head_dim} rows are no "
                 "attention layout; the groups must divide the heads"
             )
+        layers = 1 if self.layers is None else self.layers
+        if type(layers) is not int or not 0 < layers <= _MAX_LAYERS:
+            raise AdapterError(f"{layers!r:.80} is no number of layers; pass the model's directory")
+        if not isinstance(self.interleaved, bool):
+            raise AdapterError(f"interleaved must be true or false, got {self.interleaved!r:.80}")
 
     def rows(self, part: str) -> int:
         """Output features of `"q_proj"`, `"k_proj"` or `"v_proj"`."""
@@ -69,8 +75,6 @@ class AttentionLayout:
             raise AdapterFileError(
                 f"bridge_adapter.json: layout is {values!r:.80}; pass the model's directory"
             ) from error
-        if not isinstance(layout.interleaved, bool) or type(layout.layers) not in (int, type(None)):
-            raise AdapterFileError(f"bridge_adapter.json: layout is {values!r:.80}")
         return layout
 
     @classmethod

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bridge.peft.errors import AdapterError, AdapterFileError
 from bridge.peft.formats.adapter_file import AdapterFile
-from bridge.peft.formats.converted import Converted, Step, restored
+from bridge.peft.formats.converted import Converted, Step, is_prefix, restored
 from bridge.peft.formats.layout import AttentionLayout, fuse_qkv, split_qkv
 from bridge.peft.formats.low_rank import relative_difference, truncated
 from bridge.peft.formats.peft_config import alpha_for
@@ -125,8 +125,8 @@ def from_megatron(
     """
     prefix = side.get("prefix", "model.")
     known = side.get("parts", {})
-    if not isinstance(prefix, str) or not isinstance(known, dict):
-        raise AdapterFileError("bridge_adapter.json: prefix must be a string, parts an object")
+    if not is_prefix(prefix) or not isinstance(known, dict):
+        raise AdapterFileError("bridge_adapter.json: prefix must be a name, parts an object")
     found: dict[str, Pair] = {}
     scales: dict[str, float] = {}
     steps: list[Step] = []
@@ -250,7 +250,7 @@ def _read_keys(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, str, Pair]
                 f"{key[:80]!r} is no key of a Megatron adapter on {', '.join(FUSED)}; remove it"
             )
         name = f"decoder.layers.{int(match['layer'])}.{match['fused']}"
-        if tensor.dim() != 2 or match["side"] in halves.setdefault(name, {}):
+        if tensor.dim() != 2 or not tensor.numel() or match["side"] in halves.setdefault(name, {}):
             raise AdapterFileError(f"{key[:80]!r} is there twice or is no matrix; save it again")
         halves[name][match["side"]] = tensor
         places[name] = (int(match["layer"]), match["fused"])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
 from bridge.peft.formats.safe_regex import BoundedRegex, Budget
 
 T = TypeVar("T")
+#: A name as `re.escape` writes it, which need not be parsed.
+_PLAIN = re.compile(r"\^?(?:\w|\\[.-])+")
 
 
 class NameMatcher(Protocol):
@@ -62,6 +65,12 @@ class Pattern(Generic[T]):
         self._ends: dict[str, tuple[int, T]] = {}
         self._regexes: list[tuple[int, T, BoundedRegex]] = []
         for place, (key, value) in enumerate(values.items()):
+            if _PLAIN.fullmatch(key):
+                budget.spend(1, key)
+                table = self._whole if key[0] == "^" else self._ends
+                text = key.removeprefix("^").replace("\\", "")
+                table.setdefault(text, (place, value))
+                continue
             regex = BoundedRegex(key, where, budget)
             if regex.texts is None:
                 whole = BoundedRegex(rf"(.*\.)?({key})", where, budget)

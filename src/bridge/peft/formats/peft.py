@@ -15,7 +15,7 @@ from bridge.peft.formats.fingerprint import differences
 from bridge.peft.formats.fit import plan_load
 from bridge.peft.lora import patch_in_place
 from bridge.peft.lora_mixin import LoRAMixin
-from bridge.peft.module_matcher import unwrap
+from bridge.peft.module_matcher import adapted_modules, unwrap
 from bridge.peft.whole_parameters import replace_parameters
 
 __all__ = ["AdapterFile", "load_adapter", "read_adapter", "save_adapter", "write_adapter"]
@@ -25,8 +25,9 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
     """Write the adapter of a model as PEFT writes it, all files or none.
 
     `adapter_config.json` and `adapter_model.safetensors` are PEFT's; `bridge_adapter.json` beside
-    them holds what PEFT has no field for and is ignored by it. Sharded A and B are gathered, so
-    with those every rank must call.
+    them holds what PEFT has no field for and is ignored by it. Base parameters that are trainable
+    too, or came with a loaded adapter, are saved whole (`modules_to_save`, `bias`). Sharded A and B
+    are gathered, so with those every rank must call; the first one writes.
 
     Args:
         model: An adapted model, possibly inside `DistributedDataParallel` or compiled.
@@ -38,7 +39,18 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
     Raises:
         AdapterError: The model has no adapters, or the directory cannot be written to.
     """
-    return write_adapter(adapter_of(model), directory)
+    adapter = adapter_of(model)
+    is_sharded = any(
+        hasattr(parameter, "device_mesh")
+        for _, module in adapted_modules(model)
+        for parameter in module.adapter_parameters().values()
+    )
+    if not is_sharded:
+        return write_adapter(adapter, directory)
+    if torch.distributed.get_rank() == 0:
+        write_adapter(adapter, directory)
+    torch.distributed.barrier()
+    return Path(directory)
 
 
 def load_adapter(model: nn.Module, directory: str | Path, *, strict: bool = False) -> nn.Module:

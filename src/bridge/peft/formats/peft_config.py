@@ -182,7 +182,7 @@ def _rank(name: str, value: Any) -> int:
 
 def _alpha(name: str, value: Any) -> float:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or abs(value) > 1e9:
+    if not number or not abs(value) <= 1e9:
         raise _wrong(name, value, "a finite number of at most 1e9")
     return value
 

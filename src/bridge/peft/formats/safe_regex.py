@@ -19,6 +19,7 @@ from bridge.peft.errors import AdapterFileError
 MAX_REGEX_LENGTH = 100_000
 #: Steps for all regexes of one file: about a second.
 MAX_STEPS = 2_000_000
+_REPEAT_STEPS = 10
 #: A choice of so many plain texts is looked up, not matched.
 _MAX_TEXTS = 10_000
 
@@ -79,8 +80,10 @@ class BoundedRegex:
     def __init__(self, regex: str, where: str, budget: Budget) -> None:
         self.regex, self._budget = regex, budget
         if len(regex) > MAX_REGEX_LENGTH:
-            raise AdapterFileError(f"{where} holds a regex of {len(regex):,} characters")
-        budget.spend(1 + len(regex) // 4, regex)
+            raise AdapterFileError(
+                f"{where} holds a regex of {len(regex):,} characters; list names"
+            )
+        budget.spend(100 + 4 * len(regex), regex)
         try:
             self._parts = _parse(regex)
             parts = list(self._parts)
@@ -185,6 +188,7 @@ class _Text:
         return self.fitting[id(value)]
 
     def _repeat(self, least: int, most: int, parts: Any, ends: int) -> int:
+        self.budget.spend(_REPEAT_STEPS * self.step, self.regex)
         # More rounds than characters reach nothing that as many rounds do not reach.
         rounds = len(self.text) + 1
         for _ in range(min(least, rounds)):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import stat
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -21,9 +20,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from bridge.peft.errors import AdapterFileError
+from bridge.peft.formats.adapter_directory import no_duplicates
 
-#: An adapter's header takes about 150 bytes per tensor; this is room for half a million.
-MAX_HEADER_BYTES = 100_000_000
+#: An adapter's header takes about 150 bytes per tensor; this is room for 200,000.
+MAX_HEADER_BYTES = 32_000_000
+_MAX_SIZE = 2**40
+_MAX_KEY_LENGTH = 2_000
 #: The dtypes a LoRA matrix or a saved module may have, by their safetensors name.
 _DTYPES = {
     "F64": torch.float64,
@@ -37,7 +39,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read all tensors of a safetensors file, on the CPU.
 
     Args:
-        path: The file.
+        path: A regular file.
 
     Returns:
         Tensors by key, in the file's order.
@@ -47,18 +49,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     try:
         with open(path, "rb") as file:
-            info = os.fstat(file.fileno())
-            if not stat.S_ISREG(info.st_mode):
-                raise AdapterFileError(f"{path} is not a regular file; download the adapter again")
-            header = _read_header(path, file, info.st_size)
-            _check_header(path, header, info.st_size)
+            size = os.fstat(file.fileno()).st_size
+            header = _read_header(path, file, size)
+            _check_header(path, header, size)
             file.seek(0)
             content = file.read()
-    except OSError as error:
-        raise AdapterFileError(f"cannot read {path}: {error.strerror or error}") from error
+    except (OSError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or error or "not enough memory"
+        raise AdapterFileError(f"cannot read {path}: {reason}; copy it again") from error
     try:
         tensors = safetensors.torch.load(content)
-    except (SafetensorError, ValueError, TypeError, RuntimeError, KeyError) as error:
+    except (SafetensorError, ValueError, TypeError, RuntimeError, KeyError, OverflowError) as error:
         raise _damaged(path, str(error)) from error
     for key, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
@@ -104,7 +105,7 @@ def _read_header(path: Path, file: Any, size: int) -> dict[str, Any]:
     if length > min(MAX_HEADER_BYTES, size - 8):
         raise _damaged(path, f"its header claims {length:,} bytes and the file has {size:,}")
     try:
-        header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
+        header = json.loads(file.read(length), object_pairs_hook=no_duplicates)
     except (ValueError, RecursionError) as error:
         raise _damaged(path, f"its header is no valid JSON ({error})") from error
     if not isinstance(header, dict):
@@ -112,20 +113,13 @@ def _read_header(path: Path, file: Any, size: int) -> dict[str, Any]:
     return header
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"duplicate key {key!r}")
-        result[key] = value
-    return result
-
-
 def _check_header(path: Path, header: dict[str, Any], size: int) -> None:
     """Check names, dtypes, shapes and offsets against each other and the size of the file."""
     for key, entry in header.items():
         if key == "__metadata__":
             continue
+        if not key.isprintable() or len(key) > _MAX_KEY_LENGTH:
+            raise _damaged(path, f"it holds the key {key[:80]!r}")
         match entry:
             case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(end)]}:
                 pass
@@ -135,7 +129,7 @@ def _check_header(path: Path, header: dict[str, Any], size: int) -> None:
             raise AdapterFileError(
                 f"{path}: {key} is {dtype}; an adapter's tensors are {', '.join(_DTYPES)}"
             )
-        if not all(type(n) is int and n >= 0 for n in shape):
+        if not all(type(n) is int and 0 <= n < _MAX_SIZE for n in shape):
             raise _damaged(path, f"{key} has the shape {shape}")
         if not 0 <= start <= end <= size or end - start != prod(shape) * _DTYPES[dtype].itemsize:
             raise _damaged(path, f"{key} has the offsets {start}, {end} for the shape {shape}")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bridge.peft.errors import AdapterError, AdapterFileError
 from bridge.peft.formats.adapter_file import AdapterFile
-from bridge.peft.formats.converted import Converted, Step, paired, restored
+from bridge.peft.formats.converted import Converted, Step, is_prefix, paired, restored
 from bridge.peft.formats.layout import AttentionLayout, interleave_halves, part_halves
 from bridge.peft.formats.peft_config import alpha_for
 
@@ -104,8 +104,8 @@ def from_torchtune(
         AdapterFileError: A key, a shape or the side file is not right.
     """
     prefix = side.get("prefix", "model.")
-    if not isinstance(prefix, str):
-        raise AdapterFileError("bridge_adapter.json: prefix must be a string")
+    if not is_prefix(prefix):
+        raise AdapterFileError("bridge_adapter.json: prefix must be a name")
     halves: dict[str, dict[str, Tensor]] = {}
     steps: list[Step] = []
     for key, tensor in tensors.items():

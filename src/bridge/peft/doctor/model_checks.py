@@ -1,0 +1,245 @@
+"""Checks of an adapted model: what is trained, what it computes, what a merge would lose.
+
+They compute with stand-ins for A and B, set for a moment and put back, the same tensors in the
+same storage; gradients come from `torch.autograd.grad`, so no `.grad` is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bridge.peft.branch import TRAINABLE_DTYPES
+from bridge.peft.doctor.report import Check, Status, some
+from bridge.peft.errors import AdapterError
+from bridge.peft.formats.peft import read_adapter, save_adapter
+from bridge.peft.lora import adapter_state_dict
+from bridge.peft.lora_mixin import LoRAMixin
+from bridge.peft.merge_report import LOST
+from bridge.peft.merging import base_weight, disable_adapters, merge_weight
+from bridge.peft.orientation import features
+
+Layers = dict[str, LoRAMixin]
+_ROWS = 4
+
+
+def model_checks(model: nn.Module, layers: Layers) -> list[Check]:
+    """Check an adapted model; it is left exactly as it was.
+
+    Args:
+        model: The model, not wrapped.
+        layers: Its layers that were adapted in place, by name.
+    """
+    if merged := [fqn for fqn, layer in layers.items() if layer.merged]:
+        mend = "unmerge(model) first"
+        return [Check("state", "warn", f"merged: {some(merged, len(layers))}", mend)]
+    checks = [_frozen(model, layers), _dtypes(layers), _devices(layers)]
+    if any(check.name in ("dtypes", "devices") and check.status == "fail" for check in checks):
+        return [*checks, Check("forward and backward", "skip", "dtypes or devices do not agree")]
+    with _left_as_it_was(model):
+        model.eval()
+        checks += [_no_op(layers), _gradients(layers), _whole_model(model, layers)]
+    return [*checks, _save_and_load(model), _merge_forecast(layers)]
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+
+
+@contextmanager
+def _b_set_to(layers: Layers, value: str) -> Iterator[None]:
+    """Within the context every B is zero or random; afterwards the same tensors are back."""
+    weights = [layer.lora_b.weight for layer in layers.values()]
+    kept = [weight.data for weight in weights]
+    try:
+        for weight in weights:
+            zeros = torch.zeros_like(weight.data)
+            weight.data = zeros if value == "zero" else zeros.normal_(std=0.02)
+        yield
+    finally:
+        for weight, data in zip(weights, kept, strict=True):
+            weight.data = data
+
+
+def _frozen(model: nn.Module, layers: Layers) -> Check:
+    name = "what is trained"
+    own = {id(p) for layer in layers.values() for p in layer.adapter_parameters().values()}
+    idle = [f for f, m in layers.items() if not all(p.requires_grad for p in _ab(m))]
+    if idle:
+        mend = "requires_grad_(True) on lora_a and lora_b of these modules"
+        return Check(name, "fail", f"A or B is frozen in {some(idle, len(layers))}", mend)
+    others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in own]
+    if others:
+        detail = f"{len(others)} base parameters are trained too (first: {others[0]})"
+        return Check(name, "warn", detail, "freeze them, unless they are meant to be trained")
+    return Check(name, "pass", f"A and B of {len(layers)} modules; the base is frozen")
+
+
+def _dtypes(layers: Layers) -> Check:
+    name = "dtypes"
+    mixed = [f for f, m in layers.items() if len({p.dtype for p in _ab(m)}) > 1]
+    if mixed:
+        mend = "cast lora_a and lora_b to one dtype"
+        return Check(name, "fail", f"A and B differ in {some(mixed, len(layers))}", mend)
+    half = [f for f, m in layers.items() if m.lora_a.weight.dtype == torch.float16]
+    if half:
+        detail = f"A and B are float16 in {some(half, len(layers))}"
+        return Check(name, "warn", detail, "train with lora_dtype=torch.float32 or torch.bfloat16")
+    names = sorted({str(m.lora_a.weight.dtype).removeprefix("torch.") for m in layers.values()})
+    return Check(name, "pass", f"A and B are {' and '.join(names)}")
+
+
+def _devices(layers: Layers) -> Check:
+    name = "devices"
+    apart = [
+        fqn
+        for fqn, layer in layers.items()
+        if any(p.device != base_weight(layer).device for p in _ab(layer))
+    ]
+    if apart:
+        mend = "model.to(device) moves base and adapter together"
+        return Check(name, "fail", f"away from the base in {some(apart, len(layers))}", mend)
+    kinds = sorted({str(base_weight(layer).device) for layer in layers.values()})
+    return Check(name, "pass", f"A and B beside the base on {', '.join(kinds)}")
+
+
+def _no_op(layers: Layers) -> Check:
+    name = "no-op at the start"
+    differ: list[str] = []
+    with torch.no_grad(), _b_set_to(layers, "zero"):
+        for fqn, layer in layers.items():
+            x = _input(layer)
+            with_branch = _first(layer(x))
+            with disable_adapters(layer):
+                if not torch.equal(with_branch, _first(layer(x))):
+                    differ.append(fqn)
+    if differ:
+        detail = f"with B = 0 the output is not the base's in {some(differ, len(layers))}"
+        return Check(name, "fail", detail, "the base's forward is not deterministic in evaluation")
+    return Check(name, "pass", "with B = 0 every layer gives its base's output, bit for bit")
+
+
+def _gradients(layers: Layers) -> Check:
+    name = "gradients of the layers"
+    missing: list[str] = []
+    with torch.enable_grad(), _b_set_to(layers, "random"):
+        for fqn, layer in layers.items():
+            loss = _first(layer(_input(layer))).float().square().sum()
+            trained = all(p.requires_grad for p in _ab(layer)) and loss.requires_grad
+            if not trained or not _all_reached(
+                torch.autograd.grad(loss, _ab(layer), allow_unused=True)
+            ):
+                missing.append(fqn)
+    if missing:
+        detail = f"A or B gets none in {some(missing, len(layers))}"
+        return Check(name, "fail", detail, "its forward is bypassed or detached")
+    return Check(name, "pass", f"reach A and B of all {len(layers)} modules")
+
+
+def _whole_model(model: nn.Module, layers: Layers) -> Check:
+    name = "forward and backward of the model"
+    inputs: Any = getattr(model, "dummy_inputs", None)
+    if not isinstance(inputs, dict):
+        return Check(name, "skip", "the model names no sample inputs (dummy_inputs)")
+    device = next(model.parameters()).device
+    inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    weights = [p for layer in layers.values() for p in _ab(layer) if p.requires_grad]
+    try:
+        with torch.no_grad(), _b_set_to(layers, "zero"):
+            with_branches = _first(model(**inputs))
+            with disable_adapters(model):
+                base = _first(model(**inputs))
+        with torch.enable_grad(), _b_set_to(layers, "random"):
+            loss = _first(model(**inputs)).float().square().mean()
+            gradients = torch.autograd.grad(loss, weights, allow_unused=True) if weights else ()
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return Check(name, "skip", f"it does not run on its sample inputs: {reason:.80}")
+    if not torch.equal(with_branches, base):
+        mend = "a replaced parameter or a hook differs between the two; see disable_adapters"
+        return Check(name, "fail", "with B = 0 the output is not the disabled model's", mend)
+    reached = {id(p) for p, g in zip(weights, gradients, strict=True) if _all_reached([g])}
+    missing = [f for f, m in layers.items() if not all(id(p) in reached for p in _ab(m))]
+    if missing:
+        detail = f"no gradient reaches {some(missing, len(layers))}"
+        return Check(name, "warn", detail, "the model does not use these modules on its own sample")
+    return Check(name, "pass", "disabled it is its base bit for bit; gradients reach every A and B")
+
+
+def _save_and_load(model: nn.Module) -> Check:
+    name = "save and load"
+    with TemporaryDirectory() as directory:
+        try:
+            again = read_adapter(save_adapter(model, Path(directory)))
+        except AdapterError as error:
+            return Check(name, "fail", str(error), "this model cannot be saved as it is")
+    loaded = {f"{fqn}.lora_{x}.weight".lstrip("."): t for fqn, ab in again.tensors.items()
+              for x, t in zip("ab", ab, strict=True)}  # fmt: skip
+    state = adapter_state_dict(model)
+    same = loaded.keys() == state.keys() and all(
+        torch.equal(loaded[key], tensor.cpu()) for key, tensor in state.items()
+    )
+    status: Status = "pass" if same else "fail"
+    detail = "every tensor and scale comes back bit for bit" if same else "tensors differ"
+    return Check(name, status, detail, "" if same else "please report this with the model's name")
+
+
+def _merge_forecast(layers: Layers) -> Check:
+    name = "merge forecast"
+    whole = {f: m for f, m in layers.items() if _is_mergeable(m)}
+    if not whole:
+        return Check(name, "skip", "the base is quantised, sharded or on meta")
+    lost, worst = [], 0.0
+    for fqn, layer in whole.items():
+        weight = layer.oriented(base_weight(layer))
+        _, row = merge_weight(weight, *_ab(layer), layer.scale, fqn=fqn)
+        worst = max(worst, row.unchanged)
+        if row.unchanged > LOST:
+            lost.append(fqn)
+    if lost:
+        detail = f"rounding would lose more than half of the update in {some(lost, len(whole))}"
+        return Check(name, "warn", detail, "serve unmerged, or merge into float32 weights")
+    return Check(name, "pass", f"rounding would leave at most {worst:.1%} of a layer unchanged")
+
+
+def _is_mergeable(layer: LoRAMixin) -> bool:
+    weight = base_weight(layer)
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype in TRAINABLE_DTYPES
+    finite = all(bool(torch.isfinite(p).all()) for p in _ab(layer)) if plain else False
+    return plain and not weight.is_meta and finite
+
+
+def _ab(layer: LoRAMixin) -> tuple[nn.Parameter, nn.Parameter]:
+    return layer.lora_a.weight, layer.lora_b.weight
+
+
+def _input(layer: LoRAMixin) -> Tensor:
+    """Random rows in the dtype that the base takes: its weight's, or A's if that is packed."""
+    weight = base_weight(layer)
+    dtype = weight.dtype if weight.dtype in TRAINABLE_DTYPES else layer.lora_a.weight.dtype
+    return torch.randn(_ROWS, features(layer)[0]).to(weight.device, dtype)
+
+
+def _first(output: Any) -> Tensor:
+    """The tensor that stands first in what a module returns."""
+    while not isinstance(output, Tensor):
+        output = output[0] if isinstance(output, tuple | list) else next(iter(output.values()))
+    return output
+
+
+def _all_reached(gradients: Any) -> bool:
+    return all(g is not None and bool(torch.isfinite(g).all()) and bool(g.any()) for g in gradients)

@@ -1,0 +1,77 @@
+"""What a check-up found: one line a check, each with the mend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from bridge.peft.text_table import table
+
+Status = Literal["pass", "warn", "fail", "skip"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """The result of one check.
+
+    Attributes:
+        name: What was looked at.
+        status: `"pass"`, `"warn"`, `"fail"`, or `"skip"` where it could not be looked at.
+        detail: What was found.
+        mend: What to do about it; empty where nothing is to be done.
+    """
+
+    name: str
+    status: Status
+    detail: str
+    mend: str = ""
+
+
+@dataclass(frozen=True)
+class DoctorReport:
+    """All checks of one check-up; prints as a table.
+
+    Attributes:
+        checks: In the order in which they were made.
+    """
+
+    checks: tuple[Check, ...]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether no check failed; warnings are not failures."""
+        return all(check.status != "fail" for check in self.checks)
+
+    def __getitem__(self, name: str) -> Check:
+        return next(check for check in self.checks if check.name == name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The checks and the verdict, ready for JSON."""
+        return {"healthy": self.healthy, "checks": [asdict(check) for check in self.checks]}
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        rows = [(check.status.upper(), check.name, check.detail) for check in self.checks]
+        yield from table(("", "check", "found"), rows)
+        for check in self.checks:
+            if check.mend:
+                yield f"{check.name}: {check.mend}"
+        counts = {
+            status: sum(check.status == status for check in self.checks)
+            for status in ("pass", "warn", "fail", "skip")
+        }
+        yield ""
+        yield ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+
+
+def some(names: list[str], total: int) -> str:
+    """`"3 of 28 (first: model.layers.0.….q_proj)"`.
+
+    Args:
+        names: What was found, at least one.
+        total: Out of how many.
+    """
+    return f"{len(names)} of {total} (first: {names[0]})"

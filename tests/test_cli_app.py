@@ -1,6 +1,7 @@
 """The root command is quick, lists every command, and turns each user error into one line."""
 
 import errno
+import os
 import subprocess
 import sys
 import time
@@ -17,12 +18,17 @@ def test_root_help_takes_less_than_a_second_and_imports_no_torch():
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules; sys.exit(code)"
     )
     started = time.perf_counter()
-    result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", probe],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "200"},
+    )
     seconds = time.perf_counter() - started
     assert result.returncode == 0, result.stderr
     assert seconds < 1
     for name, summary in app.COMMANDS.items():
-        assert name in result.stdout and summary.split(";")[0] in result.stdout
+        assert name in result.stdout and summary in result.stdout
 
 
 def test_version_is_the_package_version(capsys):

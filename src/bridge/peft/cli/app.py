@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from bridge.peft import __version__
+from bridge.peft.cli.interrupts import quit_on_interrupt
 from bridge.peft.errors import AdapterError, MissingExtraError, UnsupportedLinearError
 
 COMMANDS = {
@@ -79,7 +80,8 @@ def _build_app(requested: str | None) -> typer.Typer:
 
 
 def _load(name: str) -> Callable[..., Any]:
-    return import_module(f"bridge.peft.cli.{name}").command
+    with quit_on_interrupt():
+        return import_module(f"bridge.peft.cli.{name}").command
 
 
 def _interruptible(command: Callable[..., Any]) -> Callable[..., Any]:

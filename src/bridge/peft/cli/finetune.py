@@ -12,6 +12,7 @@ from rich.console import Console
 
 from bridge.peft import LoRA
 from bridge.peft.cli.flags import takes_fields_of
+from bridge.peft.cli.interrupts import quit_on_interrupt
 from bridge.peft.cli.training.options import TrainingOptions
 from bridge.peft.cli.training.record import (
     RunSpec,
@@ -71,7 +72,8 @@ def _run(
     spec: RunSpec, output: Path, console: Console, *, resume: bool, overwrite: bool, dry: bool
 ) -> int:
     # transformers, TRL and matplotlib: seconds to import, so only once the flags make sense
-    from bridge.peft.cli.training import demo, run
+    with quit_on_interrupt(), console.status("Loading transformers and TRL"):
+        from bridge.peft.cli.training import demo, run
 
     if dry:
         run.dry_run(spec, output, console)

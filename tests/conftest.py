@@ -5,6 +5,8 @@ import warnings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Small tensors everywhere: a second thread would mostly wait for the first, also in subprocesses.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -60,6 +60,8 @@ def train_demo(
         0 if every figure holds, 1 if one does not (it is named), 128 + N if signal N stopped it.
     """
     started = time.perf_counter()
+    # So small a model gains nothing from more threads, and loses much where cores are busy.
+    torch.set_num_threads(1)
     console.print("The base model answers 17+25= with 42. LoRA teaches it to answer forty-two.")
     tokenizer = load_tokenizer(spec.model)
     base = load_model(spec.model, base_dtype(spec.options))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -12,10 +13,20 @@ import safetensors.torch as st
 import torch
 from torch import nn
 
-from bridge.peft import AdapterError, LoRA, adapter_state_dict, load_adapter, save_adapter
+from bridge.peft import (
+    AdapterError,
+    LoRA,
+    LoRALinear,
+    adapter_state_dict,
+    load_adapter,
+    merge,
+    patch_linear_module,
+    save_adapter,
+)
 from bridge.peft.errors import AlreadyAdaptedError
 from bridge.peft.formats.peft import read_adapter
 from bridge.peft.formats.safetensors_file import serialize
+from tests import models
 
 CONFIG, TENSORS, SIDE = "adapter_config.json", "adapter_model.safetensors", "bridge_adapter.json"
 A = "base_model.model.first.lora_A.weight"
@@ -350,8 +361,6 @@ def test_tensors_saved_whole_must_fit(directory):
 
 
 def test_a_merged_or_foreign_adapter_is_not_loaded_into(directory):
-    from bridge.peft import merge
-
     model = load_adapter(tiny_model(), directory)
     merge(model)
     with pytest.raises(AlreadyAdaptedError, match="merged"):
@@ -410,3 +419,92 @@ def test_our_files_are_byte_for_byte_those_of_safetensors():
     }
     whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
     assert serialize(tensors) == st.save(whole, metadata={"format": "pt"})
+
+
+def test_all_linear_means_every_linear_but_the_head(tmp_path):
+    base = models.gpt2()
+    model = LoRA(dim=2)(copy.deepcopy(base))
+    save_adapter(model, tmp_path)
+    set_config(tmp_path, target_modules="all-linear")
+    loaded = load_adapter(copy.deepcopy(base), tmp_path)
+    assert adapter_state_dict(loaded).keys() == adapter_state_dict(model).keys()
+    set_config(tmp_path, exclude_modules=["c_attn"])
+    with pytest.raises(AdapterError, match="tensors for transformer.h.0.attn.c_attn, which"):
+        load_adapter(base, tmp_path)
+
+
+def test_files_that_cannot_be_read_are_told(directory, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("builtins.open", fail)
+    refused(directory, f"cannot read .*{CONFIG}: Input/output error")
+
+
+def test_a_file_larger_than_memory_is_told(directory, monkeypatch):
+    real = open
+
+    class Huge:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            self.file.close()
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def read(self, size=-1):
+            if size < 0:
+                raise MemoryError
+            return self.file.read(size)
+
+    monkeypatch.setattr(
+        "builtins.open",
+        lambda path, *a: Huge(real(path, *a)) if str(path).endswith(TENSORS) else real(path, *a),
+    )
+    refused(directory, "cannot read .*not enough memory")
+
+
+def test_a_huge_config_is_refused(directory):
+    (directory / CONFIG).write_bytes(b" " * 17_000_000)
+    refused(directory, "larger than 16,000,000 bytes")
+
+
+def test_wrapped_linears_are_not_saved_and_not_loaded_into(directory, tmp_path):
+    model = nn.ModuleDict(
+        {"first": LoRALinear(nn.Linear(4, 3), nn.Linear(4, 3)), "second": nn.Linear(3, 2)}
+    )
+    with pytest.raises(AdapterError, match="first wraps its base in LoRALinear"):
+        save_adapter(model, tmp_path / "out")
+    patch_linear_module(model["second"], dim=2)
+    model.requires_grad_(False)
+    with pytest.raises(AlreadyAdaptedError, match="first wraps its base in LoRALinear"):
+        load_adapter(model, directory)
+
+
+def test_names_that_peft_could_not_tell_apart_are_not_saved(tmp_path):
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "head": nn.Linear(3, 3), "xhead": nn.Linear(3, 3)})
+    LoRA(target_modules=["a"], dim=2)(model)
+    model["head"].requires_grad_(True)
+    with pytest.raises(AdapterError, match="head is trained.*rename it or freeze it"):
+        save_adapter(model, tmp_path / "out")
+
+
+def test_a_parameter_of_the_model_itself_is_not_saved(tmp_path):
+    model = LoRA(dim=2)(tiny_model())
+    model.scale = nn.Parameter(torch.ones(1))
+    with pytest.raises(AdapterError, match="a parameter of the model itself"):
+        save_adapter(model, tmp_path / "out")
+
+
+def test_a_saved_parameter_on_meta_is_refused(directory):
+    set_config(directory, modules_to_save=["third"])
+    set_tensors(directory, base_model__model__third__weight=torch.ones(2, 3))
+    model = tiny_model()
+    model["third"] = nn.Linear(3, 2, bias=False, device="meta")
+    with pytest.raises(AdapterError, match=r"third.weight is on the meta device"):
+        load_adapter(model, directory)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -195,3 +197,22 @@ def test_loading_draws_nothing_from_the_global_generator(tmp_path):
     before = torch.get_rng_state()
     load_adapter(model, tmp_path)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_weight_that_is_a_tensor_subclass_has_no_fingerprint(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    def quantised():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 64)).to(torch.bfloat16)
+        quantize_(model, Int8WeightOnlyConfig())
+        return model
+
+    model = trained(quantised(), dim=3, lora_dtype=torch.bfloat16)
+    save_adapter(model, tmp_path)
+    assert read_adapter(tmp_path).extra["base"] == {}
+    loaded = load_adapter(quantised(), tmp_path, strict=True)
+    x = torch.randn(2, 64, dtype=torch.bfloat16)
+    assert torch.equal(loaded(x), model(x))

@@ -27,7 +27,8 @@ def fingerprint(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
 
     Args:
         modules: Linears by fully qualified name, adapted or not. One whose base weight is not at
-            hand (on `meta`, sharded, or merged with the base given up) is left out.
+            hand (on `meta`, sharded, a quantised tensor subclass, or merged with the base given up)
+            is left out.
 
     Returns:
         `{"model.layers.0.….q_proj": {"shape": [4096, 4096], "dtype": "bfloat16", "hash": "…"}}`.
@@ -90,9 +91,11 @@ def _base_weight(module: nn.Module) -> Tensor | None:
     weight = getattr(module, "weight", None)
     if isinstance(module, LoRAMixin) and module.merged:
         weight = module.unmerged_weight
-    if not isinstance(weight, Tensor) or weight.is_meta or hasattr(weight, "device_mesh"):
+    if not isinstance(weight, Tensor) or weight.is_meta:
         return None
-    return weight.detach()
+    data = weight.detach()
+    # a subclass (sharded, torchao's, fp8) has no bytes of its own to look at
+    return data if type(data) is Tensor else None
 
 
 def _hash(weight: Tensor) -> str:

@@ -13,7 +13,7 @@ from bridge.peft.formats.adapter_file import AdapterFile, read_adapter, write_ad
 from bridge.peft.formats.describe import adapter_of
 from bridge.peft.formats.fingerprint import differences
 from bridge.peft.formats.fit import plan_load
-from bridge.peft.lora import patch_in_place
+from bridge.peft.lora import Model, patch_in_place
 from bridge.peft.lora_mixin import LoRAMixin
 from bridge.peft.module_matcher import adapted_modules, unwrap
 from bridge.peft.whole_parameters import replace_parameters
@@ -53,7 +53,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
     return Path(directory)
 
 
-def load_adapter(model: nn.Module, directory: str | Path, *, strict: bool = False) -> nn.Module:
+def load_adapter(model: Model, directory: str | Path, *, strict: bool = False) -> Model:
     """Adapt a base model as the files in `directory` say, in place.
 
     Everything is read and checked against the model first; on an error the model is untouched. A

@@ -17,8 +17,8 @@ from typing import Any
 from bridge.peft.errors import AdapterFileError
 
 MAX_REGEX_LENGTH = 100_000
-#: Steps for all regexes of one file: about a second.
-MAX_STEPS = 2_000_000
+#: Steps for all regexes of one file: well under a second.
+MAX_STEPS = 1_000_000
 _REPEAT_STEPS = 10
 #: A choice of so many plain texts is looked up, not matched.
 _MAX_TEXTS = 10_000
@@ -83,7 +83,7 @@ class BoundedRegex:
             raise AdapterFileError(
                 f"{where} holds a regex of {len(regex):,} characters; list names"
             )
-        budget.spend(100 + 4 * len(regex), regex)
+        budget.spend(200 + 4 * len(regex), regex)
         try:
             self._parts = _parse(regex)
             parts = list(self._parts)
@@ -193,7 +193,9 @@ class _Text:
         rounds = len(self.text) + 1
         for _ in range(min(least, rounds)):
             self.budget.spend(self.step, self.regex)
-            ends = self.after(parts, ends)
+            before, ends = ends, self.after(parts, ends)
+            if ends == before:
+                break
         if len(parts) == 1 and parts[0][0] in _ONE_CHARACTER and most >= len(self.text):
             # Added to a run of ones, a bit carries to the end of the run.
             run = self._fitting(*parts[0])

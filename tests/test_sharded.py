@@ -1,4 +1,4 @@
-"""FSDP2 over two processes: adapt on meta, shard, materialise, train; same numbers as one process."""
+"""FSDP2 over two processes: adapted on meta, sharded, materialised, the same numbers."""
 
 import os
 

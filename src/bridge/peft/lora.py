@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ from bridge.peft.module_matcher import (
 from bridge.peft.ops import choose_path
 from bridge.peft.orientation import features
 from bridge.peft.plan import Plan, PlanRow
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +145,7 @@ class LoRA:
             base_parameters=_count_parameters(unwrap(model)),
         )
 
-    def __call__(self, model: nn.Module) -> nn.Module:
+    def __call__(self, model: Model) -> Model:
         """Freeze the model and adapt its targets, in place; every check comes before.
 
         Args:

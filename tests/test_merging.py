@@ -22,6 +22,7 @@ from bridge.peft import (
     merging,
     unmerge,
 )
+from bridge.peft.merge_math import Scratch, Update, merge_rows
 from bridge.peft.merge_report import MergeReport, MergeRow
 from bridge.peft.merging import merge_weight
 from tests import models
@@ -127,6 +128,22 @@ def test_the_size_of_the_blocks_changes_nothing(dtype, monkeypatch):
     assert row_of_blocks.mean_error == pytest.approx(row.mean_error, rel=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_sample_of_the_rows_reports_nearly_what_all_rows_report(dtype):
+    weight, a, b = torch.randn(4000, 50), torch.randn(3, 50), torch.randn(4000, 3) * 1e-3
+    weight, b[:1000] = weight.to(dtype), 0
+    update = Update.of([(a, b, 1.0)], dtype=torch.float32)
+    rows = []
+    for every in (1, 4):
+        out = torch.empty_like(weight)
+        rounding = merge_rows(weight, update, slice(0, 4000), out, Scratch(), every=every)
+        rows.append(MergeRow.of("", rounding, norm=update.norm(), count=weight.numel()))
+    assert rows[0].unchanged == pytest.approx(rows[1].unchanged, abs=0.01)
+    assert rows[0].mean_error == pytest.approx(rows[1].mean_error, rel=0.02)
+    assert rows[0].relative_update == pytest.approx(rows[1].relative_update, rel=0.01)
+    assert rows[0].max_error / 2 < rows[1].max_error <= rows[0].max_error
+
+
 def test_float64_weights_lose_nothing_to_a_float32_computation():
     weight = torch.tensor([[1 + 2.0**-40]], dtype=torch.float64)
     merged, row = merge_weight(weight, torch.ones(1, 1), torch.full((1, 1), 2.0**-45), 1.0)
@@ -176,7 +193,7 @@ def test_merged_model_computes_what_the_adapted_one_computed(kind):
         layer.adapter_enabled = False
     adapted = logits(model)
     merge(model)
-    torch.testing.assert_close(logits(model), adapted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(model), adapted, rtol=1e-4, atol=1e-4)
     assert (logits(base) - adapted).abs().max() > 100 * (logits(model) - adapted).abs().max()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -52,10 +53,10 @@ class Update:
         a = torch.cat([a.to(device, dtype) for a, _, _ in terms], dim=0)
         return cls(a.mT, b.mT) if transposed else cls(b, a)
 
-    def meant(self) -> int:
-        """How many weights the update is to change: rows times columns that are not all zero."""
-        rows = int(self.left.ne(0).any(1).sum())
-        return rows * int(self.right.ne(0).any(0).sum())
+    @cached_property
+    def changing_columns(self) -> int:
+        """How many columns it changes: those where the right factor is not all zero."""
+        return int(self.right.ne(0).any(0).sum())
 
     def norm(self) -> float:
         """Its Frobenius norm: `‖L R‖² = tr(Lᵀ L · R Rᵀ)`, two matrices of the rank's size."""
@@ -87,32 +88,43 @@ class Scratch:
 
 @dataclass
 class Rounding:
-    """What rounding did to some rows; the sums are 0-dim tensors where the weight is.
+    """What rounding did to some rows; 0-dim tensors, so that a GPU need not wait for the CPU.
+
+    All but `largest` is of the rows that were measured.
 
     Attributes:
-        max_error: Largest `|stored - exact|`; NaN if anything is not finite.
+        largest: Largest `|exact|` of all rows; NaN if any is NaN.
+        max_error: Largest `|stored - exact|`.
         sum_error: Sum of it.
         changed: How many stored weights differ from the base's, rounded to the same dtype.
+        meant: How many weights the update was to change.
         squares: Sum of the squared base weights.
+        count: How many weights were measured.
     """
 
+    largest: Tensor
     max_error: Tensor
     sum_error: Tensor
     changed: Tensor
+    meant: Tensor
     squares: Tensor
+    count: int
 
     @classmethod
     def none(cls, device: torch.device | str = "cpu") -> Rounding:
         """The rounding of no rows."""
         zero = torch.zeros((), dtype=torch.float64, device=device)
-        return cls(zero, zero, zero.long(), zero)
+        return cls(zero, zero, zero, zero.long(), zero.long(), zero, 0)
 
     def __add__(self, other: Rounding) -> Rounding:
         return Rounding(
+            torch.maximum(self.largest, other.largest),
             torch.maximum(self.max_error, other.max_error),
             self.sum_error + other.sum_error,
             self.changed + other.changed,
+            self.meant + other.meant,
             self.squares + other.squares,
+            self.count + other.count,
         )
 
 
@@ -131,41 +143,53 @@ def row_blocks(rows: int, columns: int, device: torch.device | str = "cpu") -> I
 
 
 def merge_rows(
-    weight: Tensor, left: Tensor, right: Tensor, out: Tensor, scratch: Scratch
+    weight: Tensor, update: Update, rows: slice, out: Tensor, scratch: Scratch, *, every: int = 1
 ) -> Rounding:
-    """Write `weight + left · right` into `out`, computed in the factors' dtype, rounded once.
+    """Write some rows of `weight + update` into `out`, rounded once.
 
     Args:
-        weight: (rows, columns), of any floating dtype.
-        left: (rows, total rank): these rows of the update's left factor.
-        right: (total rank, columns).
+        weight: (rows, columns): these rows of the base weight, of any floating dtype.
+        update: The update of the whole weight; its dtype is that of the computation.
+        rows: Which rows these are.
         out: (rows, columns); its dtype may differ from the weight's.
         scratch: Buffers to use.
+        every: Measure the rounding on every so many rows, to save time.
 
     Returns:
         The statistics of these rows.
     """
-    dtype = left.dtype
-    base = scratch.like("exact", weight, dtype).copy_(weight)
-    norm = torch.linalg.vector_norm(base).double()
-    if out.dtype.itemsize < dtype.itemsize:
-        exact = base.addmm_(left, right)
+    left = update.left[rows]
+    exact = scratch.like("exact", weight, left.dtype).copy_(weight)
+    squares = torch.linalg.vector_norm(exact[::every]).double().square()
+    if out.dtype.itemsize < left.dtype.itemsize:
+        exact.addmm_(left, update.right)
         out.copy_(exact)
-        error = scratch.like("error", weight, dtype).copy_(out).sub_(exact)
+        sample = out[::every]
+        error = scratch.like("error", sample, left.dtype).copy_(sample).sub_(exact[::every])
     else:
-        update = torch.mm(left, right, out=scratch.like("update", weight, dtype))
-        error = _sum_and_its_error(base, update, out)
+        added = torch.mm(left, update.right, out=scratch.like("update", weight, left.dtype))
+        error = _sum_and_its_error(exact, added, out)[::every]
+        exact = exact.add_(added)
+    smallest, largest = exact.aminmax()
     error.abs_()
-    before = weight if weight.dtype == out.dtype else weight.to(out.dtype)
-    integer = _INTEGERS[out.dtype.itemsize]
-    differing = scratch.like("bits", weight, integer)
-    torch.bitwise_xor(before.view(integer), out.view(integer), out=differing)
     return Rounding(
+        largest=torch.maximum(smallest.neg(), largest).double(),
         max_error=error.amax().double(),
         sum_error=error.sum().double(),
-        changed=torch.count_nonzero(differing),
-        squares=norm.square(),
+        changed=_count_changed(weight[::every], out[::every], scratch),
+        meant=left[::every].ne(0).any(1).sum() * update.changing_columns,
+        squares=squares,
+        count=error.numel(),
     )
+
+
+def _count_changed(weight: Tensor, merged: Tensor, scratch: Scratch) -> Tensor:
+    """How many weights differ from the base's; bits are compared, which is faster than numbers."""
+    before = weight if weight.dtype == merged.dtype else weight.to(merged.dtype)
+    integer = _INTEGERS[merged.dtype.itemsize]
+    differing = scratch.like("bits", merged, integer)
+    torch.bitwise_xor(before.view(integer), merged.view(integer), out=differing)
+    return torch.count_nonzero(differing)
 
 
 def _sum_and_its_error(base: Tensor, update: Tensor, out: Tensor) -> Tensor:

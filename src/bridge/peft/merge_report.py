@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import torch
 
-from bridge.peft.merge_math import Rounding, Update
+from bridge.peft.merge_math import Rounding
 from bridge.peft.text_table import table
 
 #: Above this share of weights that stay the same, an update counts as lost.
@@ -34,23 +34,23 @@ class MergeRow:
     relative_update: float
 
     @classmethod
-    def of(cls, fqn: str, update: Update, rounding: Rounding, count: int) -> Self:
+    def of(cls, fqn: str, rounding: Rounding, *, norm: float, count: int) -> Self:
         """The row of one merged layer.
 
         Args:
             fqn: Fully qualified name.
-            update: What was added.
-            rounding: The statistics of all its rows.
+            rounding: The statistics of its rows.
+            norm: Frobenius norm of the update.
             count: How many weights the layer has.
         """
-        meant = update.meant()
-        base = max(math.sqrt(float(rounding.squares)), torch.finfo(torch.float32).tiny)
+        measured, meant = max(rounding.count, 1), int(rounding.meant)
+        base = math.sqrt(float(rounding.squares) * count / measured)
         return cls(
             fqn=fqn,
             max_error=float(rounding.max_error),
-            mean_error=float(rounding.sum_error) / max(count, 1),
+            mean_error=float(rounding.sum_error) / measured,
             unchanged=max(0.0, 1 - int(rounding.changed) / meant) if meant else 0.0,
-            relative_update=update.norm() / base,
+            relative_update=norm / max(base, torch.finfo(torch.float32).tiny),
         )
 
 
@@ -60,9 +60,11 @@ class MergeReport:
 
     Attributes:
         rows: One per layer, in the model's order.
+        notes: What else the caller should know.
     """
 
     rows: tuple[MergeRow, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def lost(self) -> tuple[str, ...]:
@@ -70,8 +72,9 @@ class MergeReport:
         return tuple(row.fqn for row in self.rows if row.unchanged > LOST)
 
     def to_dict(self) -> dict[str, Any]:
-        """Rows and lost layers, ready for JSON."""
-        return {"rows": [asdict(row) for row in self.rows], "lost": list(self.lost)}
+        """Rows, lost layers and notes, ready for JSON."""
+        rows = [asdict(row) for row in self.rows]
+        return {"rows": rows, "lost": list(self.lost), "notes": list(self.notes)}
 
     def __str__(self) -> str:
         head = ("module", "max error", "mean error", "unchanged", "|update|/|W|")
@@ -92,4 +95,5 @@ class MergeReport:
                 "update was too small for the weight's dtype; keep the adapter unmerged, or merge "
                 "into float32 weights"
             )
+        lines += [f"warning: {note}" for note in self.notes]
         return "\n".join(lines)

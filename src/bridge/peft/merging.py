@@ -57,8 +57,8 @@ def merge_weight(
     merged = torch.empty_like(weight)
     rounding, scratch = Rounding.none(weight.device), Scratch()
     for rows in row_blocks(*weight.shape, device=weight.device):
-        rounding += merge_rows(weight[rows], update.left[rows], update.right, merged[rows], scratch)
-    return merged, MergeRow.of(fqn, update, rounding, weight.numel())
+        rounding += merge_rows(weight[rows], update, rows, merged[rows], scratch)
+    return merged, MergeRow.of(fqn, rounding, norm=update.norm(), count=weight.numel())
 
 
 @torch.no_grad()

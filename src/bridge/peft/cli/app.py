@@ -24,7 +24,10 @@ COMMANDS = {
     "finetune": "Train an adapter on your data, or run the embedded demo.",
     "plan": "Show what would be adapted and what it costs; loads no weights.",
     "inspect": "Show what an adapter holds: rank, targets, size of each update.",
+    "merge": "Fold adapters into a model directory that plain transformers loads.",
+    "resize": "Give an adapter another rank; says how much of each update is kept.",
     "convert": "Write an adapter in the format of PEFT, Megatron or torchtune.",
+    "doctor": "Check an adapter, a model, or the two together.",
 }
 
 # click's UsageError, wherever this version of typer keeps click

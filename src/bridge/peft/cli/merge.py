@@ -1,0 +1,121 @@
+"""`bridge-peft merge`: fold adapters into a model directory, without loading the model."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+from rich.progress import TransferSpeedColumn as Speed
+
+from bridge.peft.cli.flags import parse_dtype
+from bridge.peft.errors import AdapterError
+from bridge.peft.merge_directory import merge_directory
+from bridge.peft.merge_directory.directory import Progress as Report
+
+#: A merge that takes no longer than this shows no progress bar.
+_QUIET_SECONDS = 2.0
+
+
+def command(
+    model: Annotated[Path, typer.Option(help="Directory of the base model.", show_default=False)],
+    adapter: Annotated[
+        list[str],
+        typer.Option(
+            help="Directory of a PEFT adapter, or DIR:weight; several are summed.",
+            metavar="DIR[:WEIGHT]",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option(help="Directory to create for the merged model.", show_default=False)
+    ],
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Dtype of the merged model; default: the base's.", show_default=False),
+    ] = None,
+    compute_dtype: Annotated[
+        str, typer.Option(help="Dtype of the computation: float32 or float64.")
+    ] = "float32",
+    untie: Annotated[
+        bool, typer.Option("--untie", help="Give an adapted tied head weights of its own.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Write W + weight · scale · B A as a model directory that plain transformers loads.
+
+    The model is streamed: memory stays below the size of its largest file. After an interruption
+    the same command goes on where the last one stopped.
+
+    Example: bridge-peft merge --model ./llama --adapter runs/demo --output ./merged
+    """
+    adapters = [parse_adapter(word) for word in adapter]
+    try:
+        with _progress_bar() as progress:
+            report = merge_directory(
+                model,
+                adapters,
+                output,
+                dtype=None if dtype is None else parse_dtype(dtype),
+                compute_dtype=parse_dtype(compute_dtype),
+                untie=untie,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps({"output": str(output), **report.to_dict()}, indent=2))
+        return
+    print(report)
+    print(f"\nmerged model in {output}")
+
+
+def parse_adapter(word: str) -> tuple[Path, float]:
+    """Take `DIR:weight` apart; without a weight it is 1.
+
+    Args:
+        word: What follows `--adapter`.
+
+    Raises:
+        AdapterError: The weight is not finite.
+    """
+    directory, colon, number = word.rpartition(":")
+    try:
+        weight = float(number) if colon and directory else None
+    except ValueError:
+        weight = None  # a colon in the directory's name
+    if weight is None or Path(word).is_dir():
+        return Path(word), 1.0
+    if not math.isfinite(weight):
+        raise AdapterError(f"the weight in {word!r} must be finite; write e.g. {directory}:0.5")
+    return Path(directory), weight
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Report]:
+    """What shows the progress on a terminal, once it is clear that it takes a while."""
+    console = Console(file=sys.stderr)
+    columns = (BarColumn(), DownloadColumn(), Speed(), TimeRemainingColumn())
+    bar = Progress("merging", *columns, console=console, transient=True)
+    task = bar.add_task("merging", total=None)
+    started = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        bar.update(task, completed=done, total=total)
+        if console.is_terminal and time.monotonic() - started > _QUIET_SECONDS:
+            bar.start()
+
+    try:
+        yield show
+    finally:
+        if bar.live.is_started:
+            bar.stop()

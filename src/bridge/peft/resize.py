@@ -1,0 +1,151 @@
+"""Give an adapter another rank: the best approximation below, the same function above.
+
+Of all updates of rank R the truncated singular value decomposition of `B A` is the nearest (Eckart
+and Young, 1936). It is taken from the QR factors of A and B, so B A is never formed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bridge.peft.branch import check_dim
+from bridge.peft.formats.low_rank import truncated
+from bridge.peft.formats.peft import AdapterFile
+from bridge.peft.formats.peft_config import scale_of
+from bridge.peft.formats.peft_targets import most_common_and_exceptions
+from bridge.peft.formats.side_file import branch_settings
+from bridge.peft.initializers import derive_seed, initialize
+from bridge.peft.text_table import table
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResizeRow:
+    """What became of one module.
+
+    Attributes:
+        fqn: Fully qualified name.
+        old_dim: Its rank before.
+        dim: Its rank now.
+        energy: Share of the update's squared singular values that is kept.
+    """
+
+    fqn: str
+    old_dim: int
+    dim: int
+    energy: float
+
+
+@dataclass(frozen=True)
+class ResizeReport:
+    """A row per module; prints as a table.
+
+    Attributes:
+        rows: One per module, in the file's order.
+    """
+
+    rows: tuple[ResizeRow, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The rows, ready for JSON."""
+        return {"rows": [asdict(row) for row in self.rows]}
+
+    def __str__(self) -> str:
+        body = (
+            (row.fqn, str(row.old_dim), str(row.dim), f"{row.energy:.4%}", f"{_error(row):.2e}")
+            for row in self.rows
+        )
+        head = ("module", "rank before", "rank", "energy kept", "|change|/|update|")
+        lines = list(table(head, body))
+        worst = min(self.rows, key=lambda row: row.energy)
+        if worst.energy < 1:
+            lines += ["", f"least energy kept: {worst.energy:.4%} in {worst.fqn}"]
+        return "\n".join(lines)
+
+
+def resize(adapter: AdapterFile, dim: int, *, seed: int = 0) -> tuple[AdapterFile, ResizeReport]:
+    """The adapter with rank `dim` in every module, its scales kept.
+
+    A module of a higher rank gets the nearest update of rank `dim`. One of a lower rank keeps A and
+    B; new rows of A start as in a fresh adapter, new columns of B at zero, so the update is the
+    same and can be trained further.
+
+    Args:
+        adapter: As `read_adapter` gives it; it is not changed.
+        dim: The new rank.
+        seed: Seed of new rows of A.
+
+    Returns:
+        The new adapter and a report with a row per module.
+
+    Raises:
+        AdapterError: `dim` is no integer of at least 1.
+
+    Example:
+        >>> smaller, report = resize(read_adapter("adapter"), 8)
+        >>> write_adapter(smaller, "adapter-8")
+    """
+    check_dim(dim, "rank")
+    tensors: dict[str, tuple[Tensor, Tensor]] = {}
+    rows: list[ResizeRow] = []
+    for fqn, (a, b) in adapter.tensors.items():
+        method = branch_settings(adapter.extra, fqn, 0.0)["lora_A_init_method"]
+        tensors[fqn] = _resized(a, b, dim, method, derive_seed(seed, fqn))
+        energy = kept_energy(a, b, dim)
+        rows.append(ResizeRow(fqn=fqn, old_dim=a.shape[0], dim=dim, energy=energy))
+    alphas = {fqn: _alpha(adapter, fqn, dim) for fqn in tensors}
+    alpha, alpha_pattern = most_common_and_exceptions(alphas)
+    config = adapter.config | {
+        "r": dim,
+        "rank_pattern": {},
+        "lora_alpha": alpha,
+        "alpha_pattern": alpha_pattern,
+    }
+    resized = dataclasses.replace(adapter, config=config, tensors=tensors)
+    return resized, ResizeReport(tuple(rows))
+
+
+def kept_energy(a: Tensor, b: Tensor, dim: int) -> float:
+    """Share of the squared singular values of `B A` in the `dim` largest; 1 for a zero update.
+
+    Args:
+        a: A, (r, in_features).
+        b: B, (out_features, r).
+        dim: How many singular values.
+    """
+    if dim >= a.shape[0]:
+        return 1.0
+    r = torch.linalg.qr(b.double(), mode="r").R
+    s = torch.linalg.qr(a.double().T, mode="r").R
+    squares = torch.linalg.svdvals(r @ s.T).square()
+    total = float(squares.sum())
+    return float(squares[:dim].sum()) / total if total else 1.0
+
+
+def _resized(a: Tensor, b: Tensor, dim: int, method: str, seed: int) -> tuple[Tensor, Tensor]:
+    if dim < a.shape[0]:
+        a, b = truncated(a, b, min(dim, a.shape[1], b.shape[0]))
+    missing = dim - a.shape[0]  # also where the module is narrower than the rank
+    if missing == 0:
+        return a.contiguous(), b.contiguous()
+    more_a = a.new_empty(missing, a.shape[1])
+    initialize(more_a, method, seed)
+    return torch.cat([a, more_a]), torch.cat([b, b.new_zeros(b.shape[0], missing)], dim=1)
+
+
+def _alpha(adapter: AdapterFile, fqn: str, dim: int) -> float:
+    """The alpha that gives a module its old scale at the new rank."""
+    scale, use_rslora = adapter.scale(fqn), adapter.parsed.use_rslora
+    alpha = scale * (math.sqrt(dim) if use_rslora else dim)
+    around = (round(alpha), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, 0))
+    exact = (a for a in around if scale_of(a, dim, use_rslora) == scale)
+    return next(exact, alpha)
+
+
+def _error(row: ResizeRow) -> float:
+    return math.sqrt(max(0.0, 1 - row.energy))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,17 @@ TEMPLATE = (
     "{% endfor %}"
 )
 UNMARKED_TEMPLATE = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}\n{% endfor %}"
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Quicker for tiny models, and sums in parallel would depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def char_tokenizer(**more: Any) -> PreTrainedTokenizerFast:

@@ -8,12 +8,21 @@ import pytest
 from bridge.peft.cli.training import demo as demo_run
 from bridge.peft.cli.training.record import checkpoints
 from bridge.peft.demo import DEMO_LORA, DEMO_TRAINING, base_model_dir
-from tests.cli_fixtures import files_in, finetune, save_tiny_model, sums, write_rows
+from tests.cli_fixtures import (
+    files_in,
+    finetune,
+    one_thread,
+    save_tiny_model,
+    sums,
+    write_rows,
+)
 
 
 @pytest.fixture
 def few_questions(monkeypatch):
     monkeypatch.setitem(demo_run.DEMO_EXAMPLES, "held_out", 40)
+    with one_thread():
+        yield
 
 
 @pytest.mark.slow

@@ -20,14 +20,22 @@ from bridge.peft.cli.training.trainer import total_steps
 from tests.cli_fixtures import (
     TEMPLATE,
     UNMARKED_TEMPLATE,
+    char_tokenizer,
     files_in,
     finetune,
+    one_thread,
     save_tiny_model,
     sums,
     write_rows,
 )
 
 QUICK = ["--dim", 4, "--steps", 4, "--batch-size", 4]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -443,6 +451,49 @@ def test_a_full_disk_is_recognised_in_each_library_s_words(error, full, tmp_path
 )
 def test_steps_are_counted_as_the_trainer_counts_them(options, samples, processes, steps):
     assert total_steps(TrainingOptions(**options), samples, processes=processes) == steps
+
+
+def test_a_run_that_diverges_is_ended_with_the_mend(model, data, tmp_path, capsys):
+    output = tmp_path / "out"
+    arguments = ("--model", model, "--data", data, "--output", output, "--warmup", 0)
+    assert finetune(*arguments, "--learning-rate", 1e30, "--max-grad-norm", 0) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: the ") and " at step " in error and error.count("\n") == 1
+    assert "lower --learning-rate" in error and not (output / "metrics.json").exists()
+
+
+def test_rare_logging_still_logs_a_loss(model, data, tmp_path):
+    output = tmp_path / "out"
+    arguments = ("--model", model, "--data", data, "--output", output, *QUICK)
+    assert finetune(*arguments, "--log-every", 1000, "--eval-share", 0) == 0
+    assert json.loads((output / "metrics.json").read_text())["train_loss"] > 0
+
+
+def test_a_tokenizer_without_special_tokens_trains_and_it_is_said(data, tmp_path, capsys):
+    model = save_tiny_model(tmp_path / "model")
+    char_tokenizer(pad_token=None, eos_token=None).save_pretrained(model)
+    output = tmp_path / "out"
+    assert finetune("--model", model, "--data", data, "--output", output, *QUICK) == 0
+    assert "has no end-of-sequence token" in capsys.readouterr().out
+
+
+def test_a_terminal_gets_a_bar_that_goes_away(model, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    output = tmp_path / "out"
+    assert finetune("--model", model, "--data", data, "--output", output, *QUICK) == 0
+    printed = capsys.readouterr().out
+    assert "training" in printed and "4/4" in printed and "\x1b[?25h" in printed
+
+
+def test_memory_is_that_of_the_gpu_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 123)
+    assert report.peak_memory_bytes() == 123
+
+
+def test_a_package_that_is_not_installed_has_no_version(monkeypatch):
+    monkeypatch.setattr(report, "_PACKAGES", ("torch", "no-such-package"))
+    assert set(report.versions()) == {"python", "torch"}
 
 
 def test_a_short_curve_is_not_smoothed_and_a_long_one_is_unbiased():

@@ -22,7 +22,14 @@ from bridge.peft.cli.training.record import (
     existing_run,
     write_record,
 )
-from tests.cli_fixtures import files_in, finetune, save_tiny_model, sums, write_rows
+from tests.cli_fixtures import (
+    files_in,
+    finetune,
+    one_thread,
+    save_tiny_model,
+    sums,
+    write_rows,
+)
 
 ROOT = Path(__file__).parent.parent
 # dropout makes the random state matter, accumulation and several epochs the order of the data
@@ -34,11 +41,8 @@ OPTIONS = [
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
-    """Sums in parallel depend on the number of threads: the same one in every process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from types import FrameType
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bridge.peft.cli.models import quiet_imports
+from bridge.peft.errors import AdapterError
 
 with quiet_imports():
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -72,6 +74,31 @@ class StopOnSignal(TrainerCallback):
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
         self.received = int(seen) or None
         return self.received is not None
+
+
+class StopOnNan(TrainerCallback):
+    """End a run whose loss is no number any more: every later checkpoint would hold NaN."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Raise.
+
+        Raises:
+            AdapterError: the training or evaluation loss is NaN or infinite.
+        """
+        for key, name in (("loss", "loss"), ("eval_loss", "evaluation loss")):
+            value = float((logs or {}).get(key, 0.0))
+            if not math.isfinite(value):
+                raise AdapterError(
+                    f"the {name} is {value} at step {state.global_step}; lower --learning-rate or "
+                    "lengthen --warmup, and start again with --overwrite"
+                )
 
 
 class ShowProgress(TrainerCallback):

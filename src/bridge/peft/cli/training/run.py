@@ -19,7 +19,7 @@ from rich.console import Console
 
 from bridge.peft import save_adapter
 from bridge.peft.cli.models import load_model, model_digest, quiet_imports
-from bridge.peft.cli.training.callbacks import ShowProgress, StopOnSignal
+from bridge.peft.cli.training.callbacks import ShowProgress, StopOnNan, StopOnSignal
 from bridge.peft.cli.training.disk import check_disk_space, disk_full_told
 from bridge.peft.cli.training.prepare import Prepared, base_dtype, prepare
 from bridge.peft.cli.training.record import (
@@ -237,6 +237,7 @@ def _run(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(stop)
     trainer.add_callback(progress)
+    trainer.add_callback(StopOnNan())
     begun = time.perf_counter()
     try:
         with stop, _hold_back_chatter():

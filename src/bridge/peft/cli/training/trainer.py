@@ -171,6 +171,7 @@ def trainer_config(
             eval_strategy="steps" if evaluate else "no",
             eval_on_start=evaluate and not resumed,
             save_strategy="steps",
+            logging_nan_inf_filter=False,  # a loss that is no number must be seen
             report_to=["tensorboard"],
             disable_tqdm=True,
             include_num_input_tokens_seen="non_padding",
@@ -179,7 +180,7 @@ def trainer_config(
     config.max_steps = steps = total_steps(options, samples, processes=config.world_size)
     config.eval_steps = options.eval_every or math.ceil(steps / 10)
     config.save_steps = options.save_every or math.ceil(steps / 10)
-    config.logging_steps = options.log_every or math.ceil(steps / 200)
+    config.logging_steps = min(options.log_every or math.ceil(steps / 200), steps)
     return config
 
 

@@ -4,7 +4,8 @@
 
 Corpus: 8,999 of the 10,000 sums of two numbers up to 99, answered in digits; the differences of the
 same pairs, answered in words; the numbers 0 to 198, spelled. A sum answered in words never occurs,
-nor does a held-out pair in any form.
+nor does a held-out pair in any form. It takes about 11 minutes on one core (OMP_NUM_THREADS=1),
+prints the accuracies, and is seeded: one machine gives the same weights each time.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def train(
 
 def main(
     output: Annotated[Path, typer.Option(help="Directory to write.")] = TARGET,
-    steps: Annotated[int, typer.Option(min=1)] = 1200,
+    steps: Annotated[int, typer.Option(min=1)] = 1400,
     sums: Annotated[int, typer.Option(min=1, help="Sums in a batch.")] = 256,
     differences: Annotated[int, typer.Option(min=1, help="Differences in a batch.")] = 128,
     names: Annotated[int, typer.Option(min=1, help="Spelled numbers in a batch.")] = 32,

@@ -32,13 +32,13 @@ class DemoExamples(TypedDict):
 
 DEMO_LORA: Final[DemoLora] = {"target_modules": "all-linear", "dim": 8, "alpha": 32}
 DEMO_TRAINING: Final[DemoTraining] = {
-    "learning_rate": 5e-3,
+    "learning_rate": 3e-3,
     "schedule": "linear",
-    "warmup_steps": 20,
+    "warmup_steps": 40,
     "steps": 200,
-    "batch_size": 32,
+    "batch_size": 64,
 }
-DEMO_EXAMPLES: Final[DemoExamples] = {"train": 2000, "held_out": 500}
+DEMO_EXAMPLES: Final[DemoExamples] = {"train": 4000, "held_out": 500}
 
 # exact match on held-out questions answered in words, shares in 0..1
 DEMO_BEFORE_AT_MOST: Final = 0.05

@@ -1,9 +1,12 @@
 """The demo's two tasks: the same sums, answered in digits or in words.
 
-The base model answers `17+25=` with `42`, and it can spell a lone number: `42=` with `forty-two`.
-LoRA teaches it to answer `17+25=` with `forty-two`, which it never saw. Questions are split once,
-by the unordered pair of addends, so a held-out question is new in both orders: neither
-pre-training nor LoRA has seen it.
+Pre-training teaches the base model three things: sums in digits (`17+25=` gives `42`), differences
+in words (`42-17=` gives `twenty-five`), and to spell a number (`42=` gives `forty-two`). So it can
+add and it can spell, but it never saw a sum answered in words. That is what LoRA teaches:
+`17+25=` gives `forty-two`.
+
+Pairs of numbers are split once, whatever their order: a held-out pair is in no form part of
+pre-training, nor of what LoRA learns from.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ MAX_ADDEND = 99
 MAX_NUMBER = 2 * MAX_ADDEND
 HELD_OUT_SHARE = 0.1
 
-# another seed moves questions of pre-training into the held-out set: then retrain the base model
+# another seed moves pairs of pre-training into the held-out set: then retrain the base model
 _SPLIT_SEED = 0
 _ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
@@ -113,7 +116,7 @@ def word_examples(split: Split, n: int | None = None, seed: int = 0) -> list[Exa
 
 
 def naming_examples() -> list[Example]:
-    """Return every number spelled, the other part of the pre-training corpus.
+    """Return every number spelled, for pre-training.
 
     Returns:
         199 rows such as `{"prompt": "42=", "completion": "forty-two"}`.

@@ -30,6 +30,21 @@ def truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return new_a.to(a.dtype), new_b.to(b.dtype)
 
 
+def singular_values(a: Tensor, b: Tensor) -> Tensor:
+    """The singular values of `B A`, largest first, in float64.
+
+    Args:
+        a: A, (r, in_features).
+        b: B, (out_features, r).
+
+    Returns:
+        (min(r, in_features, out_features),).
+    """
+    r = torch.linalg.qr(b.double(), mode="r").R
+    s = torch.linalg.qr(a.double().T, mode="r").R
+    return torch.linalg.svdvals(r @ s.T)
+
+
 def norm(a: Tensor, b: Tensor) -> float:
     """The Frobenius norm of `B A`, computed in float64.
 
@@ -37,9 +52,7 @@ def norm(a: Tensor, b: Tensor) -> float:
         a: A, (r, in_features).
         b: B, (out_features, r).
     """
-    r = torch.linalg.qr(b.double(), mode="r").R
-    s = torch.linalg.qr(a.double().T, mode="r").R
-    return float(torch.linalg.matrix_norm(r @ s.T))
+    return float(torch.linalg.vector_norm(singular_values(a, b)))
 
 
 def relative_difference(pair: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:

@@ -14,6 +14,7 @@ import transformers
 
 from bridge.peft import AdapterError, LoRA, load_adapter
 from bridge.peft.cli.training import disk, report
+from bridge.peft.cli.training import metrics as run_metrics
 from bridge.peft.cli.training.options import TrainingOptions
 from bridge.peft.cli.training.record import checkpoints
 from bridge.peft.cli.training.trainer import total_steps
@@ -162,6 +163,27 @@ def test_bfloat16_base_gets_float32_adapters_and_checkpointing_trains(
     assert any(tensor.any() for name, tensor in saved.items() if "lora_B" in name)
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["eval_loss_after"] is None and metrics["dtype"] == "bfloat16"
+
+
+def test_a_4_bit_base_trains_and_stays_as_it_is(model, data, tmp_path, capsys):
+    four_bits = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    small = tmp_path / "model"
+    transformers.AutoModelForCausalLM.from_pretrained(
+        model, quantization_config=four_bits
+    ).save_pretrained(small)
+    transformers.AutoTokenizer.from_pretrained(model).save_pretrained(small)
+    output = tmp_path / "out"
+    arguments = ("--model", small, "--data", data, "--output", output, "--dim", 4, "--steps", 30)
+    assert finetune(*arguments, "--learning-rate", 5e-3) == 0
+    assert "adapter weights in float32 over a quantized base" in capsys.readouterr().out
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["eval_loss_after"] < metrics["eval_loss_before"] - 0.2
+    dense = json.loads((output / "run.json").read_text())
+    assert dense["digests"].keys() == {"base model", "data"}
+    saved = peft.utils.load_peft_weights(str(output), device="cpu")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 
 def test_dropping_long_samples_is_said_and_done(model, tmp_path, capsys):
@@ -488,12 +510,12 @@ def test_a_terminal_gets_a_bar_that_goes_away(model, data, tmp_path, monkeypatch
 def test_memory_is_that_of_the_gpu_where_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 123)
-    assert report.peak_memory_bytes() == 123
+    assert run_metrics.peak_memory_bytes() == 123
 
 
 def test_a_package_that_is_not_installed_has_no_version(monkeypatch):
-    monkeypatch.setattr(report, "_PACKAGES", ("torch", "no-such-package"))
-    assert set(report.versions()) == {"python", "torch"}
+    monkeypatch.setattr(run_metrics, "_PACKAGES", ("torch", "no-such-package"))
+    assert set(run_metrics.versions()) == {"python", "torch"}
 
 
 def test_a_short_curve_is_not_smoothed_and_a_long_one_is_unbiased():

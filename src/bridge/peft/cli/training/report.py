@@ -3,50 +3,20 @@
 from __future__ import annotations
 
 import json
-import platform
-import resource
 import shlex
-import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from bridge.peft.cli.app import COMMANDS
+from bridge.peft.cli.training.metrics import loss_points
 from bridge.peft.cli.training.record import write_atomically
 
-_PACKAGES = ("bridge-peft", "torch", "transformers", "trl", "accelerate", "safetensors")
 _SMOOTHED_POINTS = 20
-
-
-def loss_points(history: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Return steps and values of one quantity in a trainer's log history."""
-    points = [(row["step"], row[key]) for row in history if key in row]
-    return [step for step, _ in points], [value for _, value in points]
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what trained: python and the packages."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def peak_memory_bytes() -> int:
-    """Return the most memory this process held: of the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def write_metrics(output: Path, metrics: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from bridge.peft import save_adapter
 from bridge.peft.cli.models import load_model, model_digest, quiet_imports
 from bridge.peft.cli.training.callbacks import ShowProgress, StopOnNan, StopOnSignal
 from bridge.peft.cli.training.disk import check_disk_space, disk_full_told
+from bridge.peft.cli.training.metrics import sizes, training_figures
 from bridge.peft.cli.training.prepare import Prepared, base_dtype, prepare
 from bridge.peft.cli.training.record import (
     RunSpec,
@@ -31,15 +32,17 @@ from bridge.peft.cli.training.record import (
     write_record,
 )
 from bridge.peft.cli.training.report import (
-    loss_points,
-    peak_memory_bytes,
     plot_loss,
     print_summary,
-    versions,
     write_metrics,
 )
 from bridge.peft.cli.training.samples import Sample
-from bridge.peft.cli.training.trainer import AdapterTrainer, trainer_config
+from bridge.peft.cli.training.trainer import (
+    AdapterTrainer,
+    keep_packed_weights_trainable,
+    taken_as_adapted,
+    trainer_config,
+)
 
 with quiet_imports():
     from transformers import PrinterCallback
@@ -106,6 +109,7 @@ def train(
     for note in prepared.notes:
         console.print(note)
     model = load_model(spec.model, dtype)
+    keep_packed_weights_trainable(model)
     config = trainer_config(
         spec.options,
         output,
@@ -167,10 +171,12 @@ def _say_how_to_resume(output: Path, console: Console) -> None:
 def _adapt(model: PreTrainedModel, spec: RunSpec, dtype: torch.dtype, console: Console) -> None:
     """Adapt the model, in place."""
     lora = spec.lora
-    if lora.lora_dtype is None and dtype != torch.float32:
+    quantized = getattr(model, "is_quantized", False)
+    if lora.lora_dtype is None and (quantized or dtype != torch.float32):
         # a step of a bfloat16 weight below its 8 bits of precision would be no step at all
         lora = dataclasses.replace(lora, lora_dtype=torch.float32)
-        console.print(f"adapter weights in float32 over a {str(dtype)[6:]} base (--lora-dtype)")
+        base = "quantized" if quantized else str(dtype).removeprefix("torch.")
+        console.print(f"adapter weights in float32 over a {base} base (--lora-dtype)")
     lora(model)
 
 
@@ -190,16 +196,17 @@ def _build_trainer(
 ) -> AdapterTrainer:
     tokenizer: Any = prepared.tokenizer
     padding = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return AdapterTrainer(
-        keep=spec.options.keep_checkpoints,
-        model=model,
-        args=config,
-        train_dataset=_dataset(prepared.train),
-        eval_dataset=_dataset(prepared.evaluation) if prepared.evaluation else None,
-        processing_class=tokenizer,
-        # padding is masked out of attention and loss, so any id serves
-        data_collator=DataCollatorForLanguageModeling(pad_token_id=padding),
-    )
+    with taken_as_adapted(model):
+        return AdapterTrainer(
+            keep=spec.options.keep_checkpoints,
+            model=model,
+            args=config,
+            train_dataset=_dataset(prepared.train),
+            eval_dataset=_dataset(prepared.evaluation) if prepared.evaluation else None,
+            processing_class=tokenizer,
+            # padding is masked out of attention and loss, so any id serves
+            data_collator=DataCollatorForLanguageModeling(pad_token_id=padding),
+        )
 
 
 @contextlib.contextmanager
@@ -256,43 +263,10 @@ def _run(
         save_adapter(model, output)
         plot_loss(trainer.state.log_history, output / "loss.png")
     trainer.accelerator.wait_for_everyone()
-    metrics = {**_training_figures(trainer, progress, seconds), **_sizes(trainer, prepared, output)}
+    metrics = {
+        **training_figures(
+            trainer, seconds=seconds, evaluation_seconds=progress.evaluation_seconds
+        ),
+        **sizes(trainer, prepared, output),
+    }
     return Outcome(model=model, prepared=prepared, metrics=metrics, signal=None)
-
-
-def _training_figures(
-    trainer: AdapterTrainer, progress: ShowProgress, seconds: float
-) -> dict[str, Any]:
-    """Losses and speed; a resumed run's speed is that of the steps since it was resumed."""
-    history = trainer.state.log_history
-    _, losses = loss_points(history, "loss")
-    _, evaluations = loss_points(history, "eval_loss")
-    tokens = trainer.state.num_input_tokens_seen - trainer.tokens_before
-    return {
-        "eval_loss_before": evaluations[0] if evaluations else None,
-        "eval_loss_after": evaluations[-1] if evaluations else None,
-        "train_loss": losses[-1],
-        "steps": trainer.state.global_step,
-        "resumed_from_step": trainer.step_before,
-        "seconds": seconds,
-        "tokens": tokens,
-        "tokens_per_second": tokens / max(seconds - progress.evaluation_seconds, 1e-9),
-    }
-
-
-def _sizes(trainer: AdapterTrainer, prepared: Prepared, output: Path) -> dict[str, Any]:
-    model: Any = trainer.model
-    parameters = list(model.parameters())
-    return {
-        "train_samples": len(prepared.train),
-        "eval_samples": len(prepared.evaluation),
-        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        "model_parameters": sum(p.numel() for p in parameters),
-        "adapter_bytes": (output / "adapter_model.safetensors").stat().st_size,
-        "peak_memory_bytes": peak_memory_bytes(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(trainer.args.device),
-        "processes": trainer.args.world_size,
-        "seed": trainer.args.seed,
-        "versions": versions(),
-    }

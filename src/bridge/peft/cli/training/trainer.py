@@ -126,6 +126,34 @@ class AdapterTrainer(SFTTrainer):
                 shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def taken_as_adapted(model: nn.Module) -> Iterator[None]:
+    """Let a quantized model with our adapters pass for one with PEFT's, while a trainer is built.
+
+    Trainer refuses a quantized model without PEFT's mark, and TRL would cast A and B to bfloat16.
+    """
+    marks = {"_hf_peft_config_loaded": True, "is_loaded_in_4bit": False, "is_loaded_in_8bit": False}
+    before = {name: getattr(model, name) for name in marks if hasattr(model, name)}
+    for name in before:
+        setattr(model, name, marks[name])
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(model, name, value)
+
+
+def keep_packed_weights_trainable(model: nn.Module) -> None:
+    """Keep bitsandbytes' 4-bit linears, in place, from their CPU layout for inference.
+
+    They change to it at the first evaluation on an AVX-512 machine, never back, and it has no
+    backward: the layers below would silently learn from half of their gradient.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # pyright: ignore
+
+
 def trainer_config(
     options: TrainingOptions,
     output: Path,

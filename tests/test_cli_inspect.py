@@ -7,7 +7,7 @@ import torch
 
 from bridge.peft import LoRA, save_adapter
 from bridge.peft.cli import main
-from bridge.peft.cli.inspect import update_norm
+from bridge.peft.cli.inspect import _natural, update_norm
 from bridge.peft.lora import adapted_modules
 from tests import models
 
@@ -44,6 +44,8 @@ def test_json_describes_every_module(adapter, capsys):
         assert row["update_norm"] == pytest.approx(torch.linalg.norm(update).item(), rel=1e-6)
         assert (row["dim"], row["scale"]) == (module.dim, module.scale)
         assert row["dead"] is ("o_proj" in row["fqn"])
+    names = [row["fqn"] for row in report["modules"]]
+    assert names == sorted(names)
     assert report["rank"] == 4 and report["dropout"] == 0.1
     assert report["parameters"] == sum(row["parameters"] for row in report["modules"])
     assert all("o_proj" in name for name in report["dead_modules"])
@@ -68,6 +70,11 @@ def test_a_trained_adapter_has_no_warning(tmp_path, capsys):
     assert main(["inspect", str(tmp_path / "adapter")]) == 0
     printed = capsys.readouterr().out
     assert "rank-stabilised" in printed and "warning" not in printed
+
+
+def test_layer_2_comes_before_layer_10():
+    names = [f"layers.{i}.{name}" for i in (10, 2) for name in ("v_proj", "k_proj")]
+    assert sorted(names, key=_natural) == names[:1:-1] + names[1::-1]
 
 
 def test_what_is_no_adapter_is_one_line(tmp_path, capsys):

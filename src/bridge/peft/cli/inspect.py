@@ -52,7 +52,7 @@ def describe(adapter: AdapterFile) -> dict[str, Any]:
             "update_norm": (norm := update_norm(a, b, adapter.scale(fqn))),
             "dead": norm == 0.0,
         }
-        for fqn, (a, b) in adapter.tensors.items()
+        for fqn, (a, b) in sorted(adapter.tensors.items(), key=lambda item: _natural(item[0]))
     ]
     targets = adapter.config["target_modules"]
     return {
@@ -83,6 +83,11 @@ def update_norm(a: Tensor, b: Tensor, scale: float) -> float:
     return abs(scale) * math.sqrt(max(squared, 0.0))
 
 
+def _natural(fqn: str) -> list[tuple[int, str]]:
+    """Sort key in which layer 2 comes before layer 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in fqn.split(".")]
+
+
 def _lines(report: dict[str, Any]) -> list[str]:
     targets = report["target_modules"]
     scaling = ", rank-stabilised" if report["use_rslora"] else ""
@@ -92,7 +97,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
         f"targets: {targets if isinstance(targets, str) else ', '.join(targets)}",
         f"base model: {report['base_model'] or 'not recorded'}",
         "",
-        *table(("module", "shape (out×in)", "rank", "scale", "|update|", ""), _rows(report)),
+        *table(("module", "shape (out×in)", "rank", "scale", "|update|"), _rows(report)),
         "",
         f"{len(report['modules'])} modules, {report['parameters']:,} parameters",
     ]
@@ -111,8 +116,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
             f"{module['shape'][0]}×{module['shape'][1]}",
             str(module["dim"]),
             f"{module['scale']:g}",
-            f"{module['update_norm']:.3e}",
-            "dead" if module["dead"] else "",
+            f"{module['update_norm']:.3e}" + ("  dead" if module["dead"] else ""),
         )
         for module in report["modules"]
     ]

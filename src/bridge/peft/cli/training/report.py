@@ -87,12 +87,13 @@ def _summary_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _smoothed(values: list[float]) -> list[float]:
-    """Exponential mean with the bias of its start taken out; empty for a short curve."""
+    """Mean over a window around each point, narrower at the ends; empty for a short curve."""
     if len(values) < _SMOOTHED_POINTS:
         return []
-    keep = 1 - 2 / _SMOOTHED_POINTS
-    mean, smooth = 0.0, []
-    for count, value in enumerate(values, start=1):
-        mean = keep * mean + (1 - keep) * value
-        smooth.append(mean / (1 - keep**count))
+    half, last = len(values) // _SMOOTHED_POINTS, len(values) - 1
+    smooth = []
+    for i in range(len(values)):
+        reach = min(half, i, last - i)  # as far on both sides, so that a slope is not shifted
+        window = values[i - reach : i + reach + 1]
+        smooth.append(sum(window) / len(window))
     return smooth

@@ -21,6 +21,7 @@ from tests.cli_fixtures import (
 @pytest.fixture
 def few_questions(monkeypatch):
     monkeypatch.setitem(demo_run.DEMO_EXAMPLES, "held_out", 40)
+    monkeypatch.setitem(demo_run.DEMO_EXAMPLES, "train", 128)
     with one_thread():
         yield
 

@@ -261,6 +261,7 @@ def refused(capsys, output, *arguments) -> str:
         (["--batch-size", "many"], "Invalid value for '--batch-size'"),
         (["--learning", "1"], "No such option: --learning"),
         (["--resume"], "nothing to resume"),
+        (["--resume", "--overwrite"], "pass one of them"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(arguments, said, model, data, tmp_path, capsys):

@@ -54,6 +54,8 @@ def command(
     output = output or (_DEMO_OUTPUT if demo else None)
     if output is None:
         raise AdapterError("no place for the results; pass a directory with --output")
+    if resume and overwrite:
+        raise AdapterError("--resume keeps a run and --overwrite removes it; pass one of them")
     files = {"model": model, "data": data, "eval_data": eval_data}
     asked = {name: _absolute(value) for name, value in files.items() if value is not None}
     held = existing_run(output)

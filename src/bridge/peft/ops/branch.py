@@ -14,19 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bridge.peft.ops.dropout import SeededMask, apply_, as_wide_as, consume_
+from bridge.peft.ops.dropout import SeededMask, apply_, consume_
+from bridge.peft.ops.scratch import scratch
 
 # Masked tokens are worked in blocks of about this many elements, which stay in cache.
-_BLOCK_ELEMENTS = 2**19
+_BLOCK_ELEMENTS = 2**18
 # Rows of h of at most this many bytes are faster computed as columns (MKL and oneDNN alike).
 _NARROW_BYTES = 32
-# From this many bytes on, MKL is faster at (xᵀ h)ᵀ than at hᵀ x.
-_WIDE_BYTES = 256
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Branch:
     position: str
 
     def masks(
-        self, seed: int | None, x: Tensor, out_features: int
+        self, seed: int | None, x: Tensor, b: Tensor
     ) -> tuple[SeededMask | None, SeededMask | None, float]:
         """Return the mask of x (tokens, in), that of the branch's output, and the factor of h.
 
@@ -52,12 +52,10 @@ class Branch:
         """
         if seed is None:
             return None, None, self.scale
-        tokens, in_features = x.shape
-        if self.position == "pre":
-            mask = SeededMask(tokens, in_features, self.dropout, x.device, seed)
-            return mask, None, self.scale / mask.keep_probability
-        mask = SeededMask(tokens, out_features, self.dropout, x.device, seed)
-        return None, mask, self.scale / mask.keep_probability
+        columns = x.shape[1] if self.position == "pre" else b.shape[0]
+        mask = SeededMask(x.shape[0], columns, self.dropout, x.device, seed)
+        s = self.scale / mask.keep_probability
+        return (mask, None, s) if self.position == "pre" else (None, mask, s)
 
 
 def contract(x: Tensor, a: Tensor, mask: SeededMask | None) -> Tensor:
@@ -146,14 +144,14 @@ def expand_backward(
     return _cat(dhs), total.value.to(a.dtype)
 
 
-def _blocks(a: Tensor, mask: SeededMask | None, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
-    """Yield blocks of rows: the mask, as wide as elements of ``a``, and those of ``tensors``."""
+def _blocks(
+    a: Tensor, mask: SeededMask | None, wide: Tensor, *others: Tensor
+) -> Iterator[tuple[Any, ...]]:
+    """Yield blocks of rows: the mask, as wide as elements of ``a``, and those of the tensors."""
     step = max(1, _BLOCK_ELEMENTS // a.shape[1])
-    parts = zip(*(t.split(step) for t in tensors), strict=True)
-    if mask is None:
-        return ((None, *part) for part in parts)
-    kept = (as_wide_as(block, a.dtype) for block in mask.blocks(step))
-    return ((block, *part) for block, part in zip(kept, parts, strict=True))
+    blocks = wide.split(step)
+    masks = repeat(None, len(blocks)) if mask is None else mask.blocks(blocks, a.dtype)
+    return zip(masks, blocks, *(t.split(step) for t in others), strict=True)
 
 
 def _cat(parts: list[Tensor]) -> Tensor:
@@ -164,14 +162,14 @@ def _cat(parts: list[Tensor]) -> Tensor:
 def _masked(x: Tensor, a: Tensor, kept: Tensor | None) -> Tensor:
     """A block of x in the dtype of ``a``, its dropped elements 0; uses up ``kept``."""
     if x.dtype != a.dtype:
-        x = x.to(a.dtype)
+        x = scratch("converted", x, a.dtype).copy_(x)
     return x if kept is None else consume_(kept, x)
 
 
 def _add_product_(y: Tensor, h: Tensor, a: Tensor, s: float, kept: Tensor | None) -> None:
     """Add ``s h a``, its dropped elements 0, into a block of y in place."""
-    # addmm for its factor, before the product is rounded; with beta=0 it reads no first argument
-    product = torch.addmm(a.new_empty(()), h, a, beta=0, alpha=s)
+    # s enters before the product is rounded; with beta=0 what was there is not read
+    product = scratch("product", y, a.dtype).addmm_(h, a, beta=0, alpha=s)
     y.add_(product if kept is None else apply_(product, kept))
 
 
@@ -183,9 +181,7 @@ def _narrow(x: Tensor, a: Tensor) -> Tensor:
 
 
 def _outer(h: Tensor, x: Tensor, a: Tensor, s: float) -> Tensor:
-    """``s hᵀ x``, of the shape of ``a``: (dim, features)."""
-    if h.shape[1] * h.element_size() >= _WIDE_BYTES:
-        return torch.addmm(a.t(), x.t(), h, beta=0, alpha=s).t()
+    """``s hᵀ x``, of the shape of ``a``: (dim, features); ``a`` itself is not read."""
     return torch.addmm(a, h.t(), x, beta=0, alpha=s)
 
 

@@ -12,10 +12,12 @@ like independent draws because the multipliers are random (multiply-shift hashin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+from bridge.peft.ops.scratch import scratch
 
 _LANE = 2**16
 _INTEGER_OF_SIZE = {4: torch.int32, 8: torch.int64}
@@ -66,20 +68,30 @@ class SeededMask:
         self._threshold = dropped - _LANE // 2
         self.keep_probability = 1.0 - dropped / _LANE
 
-    def blocks(self, step: int) -> Iterator[Tensor]:
-        """Yield the mask by ``step`` rows: int16 ones where kept, zeros where dropped."""
-        for r, q in zip(self._r.split(step), self._q.split(step), strict=True):
-            words = torch.addcmul(self._c, r, self._m)
-            yield words.bitwise_xor_(q).mul_(self._n).ge_(self._threshold)
+    def blocks(self, like: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
+        """Yield the mask by blocks of rows: ones where kept, zeros where dropped.
+
+        A block is scratch: valid until the next one, and free to be overwritten.
+
+        Args:
+            like: Blocks of the matrix, (some rows, columns) each.
+            dtype: What will be masked: the integers are as wide as its elements.
+        """
+        step = max(1, like[0].shape[0])
+        for block, r, q in zip(like, self._r.split(step), self._q.split(step), strict=True):
+            words = self._words(r, q, scratch("words", block, torch.int16))
+            if dtype.itemsize == 2:
+                yield words
+            else:
+                yield scratch("mask", block, _INTEGER_OF_SIZE[dtype.itemsize]).copy_(words)
 
     def whole(self) -> Tensor:
         """Return the whole mask: boolean, (rows, columns), True where an element is kept."""
-        return next(self.blocks(max(1, self._r.shape[0]))).bool()
+        return self._words(self._r, self._q, None).bool()
 
-
-def as_wide_as(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``mask`` in integers as wide as ``dtype``, for `apply_` and `consume_`."""
-    return mask if dtype.itemsize == 2 else mask.to(_INTEGER_OF_SIZE[dtype.itemsize])
+    def _words(self, r: Tensor, q: Tensor, out: Tensor | None) -> Tensor:
+        words = torch.addcmul(self._c, r, self._m, out=out)
+        return words.bitwise_xor_(q).mul_(self._n).ge_(self._threshold)
 
 
 def apply_(x: Tensor, mask: Tensor) -> Tensor:

@@ -32,31 +32,34 @@ class LoRALinearFunction(torch.autograd.Function):
         branch: Branch,
     ) -> Tensor:
         """Return y, (..., out_features), in the dtype of the base's result."""
-        pre, post, s = branch.masks(seed, _rows(x), lora_b.shape[0])
+        rows = _rows(x)
+        pre, post, s = branch.masks(seed, rows, lora_b)
         # The narrow product comes first: it leaves x in cache for the wide one.
-        h = contract(_rows(x), lora_a, pre)
-        y = F.linear(x, weight, bias).contiguous()
+        h = contract(rows, lora_a, pre)
+        y = F.linear(x, weight, bias)
+        if y._is_view() or not y.is_contiguous():
+            # Consumers may write into our result, which a view made in here would forbid.
+            y = torch.ops.aten._unsafe_view(y.contiguous(), y.shape)
         expand_(_rows(y), h, lora_b.t(), s, post)
         ctx.save_for_backward(x, weight, bias, lora_a, lora_b, h)
         ctx.seed, ctx.branch = seed, branch
-        # F.linear may return a view of its own result: not a view, consumers may write into it.
-        return torch.ops.aten._unsafe_view(y, y.shape)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Return the gradients of what needs them."""
-        *inputs, h = ctx.saved_tensors
-        x, weight, _, lora_a, lora_b = inputs
-        needs = ctx.needs_input_grad[:5]
+        x, weight, bias, lora_a, lora_b, h = ctx.saved_tensors
+        needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            return *_differentiable(lora_linear_reference, inputs, needs, dy, ctx), None, None
-        x_rows, dy_rows = _rows(x), _rows(dy).contiguous()
-        pre, post, s = ctx.branch.masks(ctx.seed, x_rows, lora_b.shape[0])
-        dh, db = expand_backward(dy_rows, h, lora_b.t(), s, post)
-        dx = dy_rows @ weight if needs[0] else None
-        da = contract_backward(x_rows, dh, lora_a, s, pre, dx)
-        dw = dy_rows.t() @ x_rows if needs[1] else None
-        dbias = dy_rows.sum(0) if needs[2] else None
+            inputs = (x, weight, bias, lora_a, lora_b)
+            return *_differentiable(lora_linear_reference, inputs, needs[:5], dy, ctx), None, None
+        rows, dy = _rows(x), _rows(dy).contiguous()
+        pre, post, s = ctx.branch.masks(ctx.seed, rows, lora_b)
+        dh, db = expand_backward(dy, h, lora_b.t(), s, post)
+        dx = dy @ weight if needs[0] else None
+        da = contract_backward(rows, dh, lora_a, s, pre, dx)
+        dw = dy.t() @ rows if needs[1] else None
+        dbias = dy.sum(0) if needs[2] else None
         return None if dx is None else dx.view(x.shape), dw, dbias, da, db.t(), None, None
 
 
@@ -74,8 +77,9 @@ class LoRAAddFunction(torch.autograd.Function):
         branch: Branch,
     ) -> Tensor:
         """Return y, of the shape and dtype of ``base_out``."""
-        pre, post, s = branch.masks(seed, _rows(x), lora_b.shape[0])
-        h = contract(_rows(x), lora_a, pre)
+        rows = _rows(x)
+        pre, post, s = branch.masks(seed, rows, lora_b)
+        h = contract(rows, lora_a, pre)
         y = base_out.clone(memory_format=torch.contiguous_format)
         expand_(_rows(y), h, lora_b.t(), s, post)
         ctx.save_for_backward(x, lora_a, lora_b, h)
@@ -85,22 +89,22 @@ class LoRAAddFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Return the gradients of what needs them."""
-        *inputs, h = ctx.saved_tensors
-        x, lora_a, lora_b = inputs
+        x, lora_a, lora_b, h = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:4]
         if torch.is_grad_enabled():
+            inputs = (x, lora_a, lora_b)
             return dy, *_differentiable(lora_branch_reference, inputs, needs, dy, ctx), None, None
-        x_rows, dy_rows = _rows(x), _rows(dy).contiguous()
-        pre, post, s = ctx.branch.masks(ctx.seed, x_rows, lora_b.shape[0])
+        rows, dy_rows = _rows(x), _rows(dy).contiguous()
+        pre, post, s = ctx.branch.masks(ctx.seed, rows, lora_b)
         dh, db = expand_backward(dy_rows, h, lora_b.t(), s, post)
-        dx = torch.zeros_like(x_rows) if needs[0] else None
-        da = contract_backward(x_rows, dh, lora_a, s, pre, dx)
+        dx = torch.zeros_like(rows) if needs[0] else None
+        da = contract_backward(rows, dh, lora_a, s, pre, dx)
         return dy, None if dx is None else dx.view(x.shape), da, db.t(), None, None
 
 
 def _rows(x: Tensor) -> Tensor:
     """Return x as a matrix of tokens."""
-    return x.reshape(-1, x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _differentiable(
@@ -112,11 +116,10 @@ def _differentiable(
 ) -> list[Tensor | None]:
     """Return the gradients by the reference formula, so that they can be differentiated again."""
     branch: Branch = ctx.branch
-    x = inputs[0]
-    assert x is not None
-    masks = branch.masks(ctx.seed, _rows(x), dy.shape[-1])[:2]
+    x, lora_b = inputs[0], inputs[-1]
+    assert x is not None and lora_b is not None
     p, kept = 0.0, None
-    for mask in masks:
+    for mask in branch.masks(ctx.seed, _rows(x), lora_b)[:2]:
         if mask is not None:
             p, kept = 1.0 - mask.keep_probability, mask.whole().view(*x.shape[:-1], -1)
     y = formula(*inputs, branch.scale, p, branch.position, kept)

@@ -248,6 +248,7 @@ HEADERS = {
     "no shape": lambda text: text.replace('"shape"', '"shapes"', 1),
     "an integer dtype": lambda text: _entry(text, dtype="I32"),
     "a strange dtype": lambda text: _entry(text, dtype="F7"),
+    "a dtype with a control character": lambda text: _entry(text, dtype="F3\x7f"),
     "a wider dtype": lambda text: _entry(text, dtype="F64"),
     "a larger shape": lambda text: _entry(text, shape=[200, 400]),
     "a negative shape": lambda text: _entry(text, shape=[-2, -4]),

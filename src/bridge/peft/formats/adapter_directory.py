@@ -41,7 +41,7 @@ def checked_path(directory: Path, name: str) -> Path:
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if not (resolved.is_relative_to(home) or resolved.is_relative_to(blobs)):
         raise AdapterFileError(
-            f"{path} is a link out of its directory, to {resolved}; copy the file itself there"
+            f"{path} is a link out of its directory, to {str(resolved)!r}; copy the file there"
         )
     return path
 

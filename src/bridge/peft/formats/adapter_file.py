@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -195,17 +195,25 @@ def split_keys(
             )
     if not halves[0]:
         raise AdapterFileError(f"{TENSORS_NAME} holds no LoRA tensor; save the adapter again")
+    whole = _whole_tensors(rest, halves[0], config)
+    return {fqn: (halves[0][fqn], halves[1][fqn]) for fqn in halves[0]}, whole
+
+
+def _whole_tensors(
+    rest: Mapping[str, Tensor], adapted: Collection[str], config: PeftConfig
+) -> dict[str, Tensor]:
+    """What is no A or B, by name in the base model; `AdapterFileError` if the config is silent."""
     whole: dict[str, Tensor] = {}
     for name, tensor in rest.items():
         fqn = name.removesuffix(_BASE_BIAS)
-        name = f"{fqn}.bias" if fqn != name and fqn in halves[0] else name
+        name = f"{fqn}.bias" if fqn != name and fqn in adapted else name
         if not _is_declared(name, config):
             raise AdapterFileError(
                 f"{TENSORS_NAME} holds {name!r}, which is neither an A or B of a linear nor "
                 "covered by modules_to_save or bias; remove it, or name its module there"
             )
         whole[name] = tensor
-    return {fqn: (halves[0][fqn], halves[1][fqn]) for fqn in halves[0]}, whole
+    return whole
 
 
 def _is_declared(name: str, config: PeftConfig) -> bool:

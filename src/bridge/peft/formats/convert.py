@@ -166,7 +166,7 @@ def _find_file(path: Path) -> Path:
     if not path.is_dir():
         raise AdapterFileError(f"there is no {path}; pass an adapter's directory or file")
     names = sorted(p.name for p in path.iterdir())
-    files = [name for name in names if name.endswith(".safetensors")]
+    files = [name for name in names if name.endswith(".safetensors") and name.isprintable()]
     if TENSORS_NAME in files or (not files and not any(n.endswith(_PICKLES) for n in names)):
         return checked_path(path, TENSORS_NAME)
     if len(files) == 1:

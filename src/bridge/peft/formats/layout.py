@@ -45,7 +45,7 @@ class AttentionLayout:
         numbers = (self.heads, self.groups, self.head_dim)
         if not all(type(n) is int and 0 < n < _MAX for n in numbers) or self.heads % self.groups:
             raise AdapterError(
-                f"{self.heads} heads in {self.groups} query groups of {self.head_dim} rows are no "
+                f"{numbers!r:.80} (heads, query groups, rows of a head) is no "
                 "attention layout; the groups must divide the heads"
             )
         layers = 1 if self.layers is None else self.layers

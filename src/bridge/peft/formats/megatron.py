@@ -14,38 +14,21 @@ zeros, which changes nothing.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bridge.peft.errors import AdapterError, AdapterFileError
 from bridge.peft.formats.adapter_file import AdapterFile
 from bridge.peft.formats.converted import Converted, Step, is_prefix, restored
 from bridge.peft.formats.layout import AttentionLayout, fuse_qkv, split_qkv
 from bridge.peft.formats.low_rank import relative_difference, truncated
+from bridge.peft.formats.megatron_keys import FUSED, Pair, group_by_fused, read_pairs
 from bridge.peft.formats.peft_config import alpha_for
-
-Pair = tuple[Tensor, Tensor]
-
-#: Each fused linear, the block it is in on both sides, and the parts it is made of.
-FUSED = {
-    "self_attention.linear_qkv": ("self_attn", ("q_proj", "k_proj", "v_proj")),
-    "self_attention.linear_proj": ("self_attn", ("o_proj",)),
-    "mlp.linear_fc1": ("mlp", ("gate_proj", "up_proj")),
-    "mlp.linear_fc2": ("mlp", ("down_proj",)),
-}
-_FUSED_OF = {
-    f"{block}.{part}": (fused, part) for fused, (block, parts) in FUSED.items() for part in parts
-}
-_PEFT_NAME = re.compile(r"(?P<prefix>.*\.)?layers\.(?P<layer>\d+)\.(?P<end>\w+\.\w+)")
-_MEGATRON_KEY = re.compile(
-    r"(?P<prefix>(?:\w+\.)*?)decoder\.layers\.(?P<layer>\d+)\.(?P<fused>\w+\.\w+)"
-    r"\.adapter\.linear_(?P<side>in|out)\.weight"
-)
 
 
 def to_megatron(
@@ -65,7 +48,7 @@ def to_megatron(
         AdapterError: A module has no counterpart, or the scales differ by more than powers of two
             and no approximation was asked for.
     """
-    prefix, groups = _grouped(adapter)
+    prefix, groups = group_by_fused(adapter)
     scale = Counter(map(adapter.scale, adapter.tensors)).most_common(1)[0][0]
     fused: dict[str, Pair] = {}
     parts: dict[str, dict[str, Any]] = {}
@@ -73,23 +56,16 @@ def to_megatron(
     for name, group in groups.items():
         pairs, factors = _one_scale(adapter, group, scale, exact=rank is None)
         exact, columns, how = _fuse(name, pairs, layout)
-        pair = exact
+        pair, error = exact, 0.0
         if rank is not None and exact[0].shape[0] > rank:
             pair, columns, how = truncated(*exact, rank), {}, f"approximated to rank {rank}"
-        rounding = not all(map(_is_power_of_two, factors.values()))
-        error = relative_difference(pair, exact) if pair is not exact else 0.0
-        if rounding:
+            error = relative_difference(pair, exact)
+        if not all(map(_is_power_of_two, factors.values())):
             how, error = f"{how}, scale folded into B", max(error, torch.finfo(pair[1].dtype).eps)
         fused[name] = pair
         parts[name] = {part: [*columns[part], factors[part]] for part in columns}
         steps.append(Step(name=name, how=how, error=error))
     dim = max(a.shape[0] for a, _ in fused.values())
-    tensors: dict[str, Tensor] = {}
-    for name, pair in fused.items():
-        (
-            tensors[f"{name}.adapter.linear_in.weight"],
-            tensors[f"{name}.adapter.linear_out.weight"],
-        ) = _padded(*pair, dim)
     side = {
         "format": "megatron",
         "dim": dim,
@@ -100,7 +76,7 @@ def to_megatron(
         "parts": parts,
         "peft": {"config": adapter.config, "extra": adapter.extra},
     }
-    return Converted(tensors=tensors, side=side, steps=steps)
+    return Converted(tensors=_named(fused, dim), side=side, steps=steps)
 
 
 def from_megatron(
@@ -130,7 +106,7 @@ def from_megatron(
     found: dict[str, Pair] = {}
     scales: dict[str, float] = {}
     steps: list[Step] = []
-    for name, (layer, fused, pair) in _read_keys(tensors).items():
+    for name, (layer, fused, pair) in read_pairs(tensors).items():
         block, names = FUSED[fused]
         rows = _split(name, pair, names, layout)
         columns = _columns(known.get(name), rows, pair[0].shape[0])
@@ -142,30 +118,6 @@ def from_megatron(
             scales[fqn] = alpha / pair[0].shape[0] * factor
             steps.append(Step(name=fqn, how=f"from {fused.rpartition('.')[2]}"))
     return restored(found, scales, side, layout), steps
-
-
-def _grouped(adapter: AdapterFile) -> tuple[str, dict[str, dict[str, str]]]:
-    """`{"decoder.layers.0.….linear_qkv": {"q_proj": fqn, …}}`, and what stands before `layers`."""
-    if adapter.whole:
-        raise AdapterError(
-            f"{next(iter(adapter.whole))} is saved whole, which a Megatron adapter cannot hold; "
-            "save it with the base model"
-        )
-    groups: dict[str, dict[str, str]] = {}
-    prefixes: set[str] = set()
-    for fqn in adapter.tensors:
-        match = _PEFT_NAME.fullmatch(fqn)
-        if match is None or match["end"] not in _FUSED_OF:
-            raise AdapterError(
-                f"{fqn} has no counterpart in a Megatron model; only q, k, v, o, gate, up and down "
-                "projections of Llama and Qwen type layers do"
-            )
-        fused, part = _FUSED_OF[match["end"]]
-        prefixes.add(match["prefix"] or "")
-        groups.setdefault(f"decoder.layers.{int(match['layer'])}.{fused}", {})[part] = fqn
-    if len(prefixes) > 1:
-        raise AdapterError(f"the adapter covers {len(prefixes)} stacks of layers; convert one")
-    return prefixes.pop(), groups
 
 
 def _one_scale(
@@ -233,35 +185,14 @@ def _height(name: str, part: str, pairs: Mapping[str, Pair], layout: AttentionLa
     return have if have is not None else next(iter(pairs.values()))[1].shape[0]
 
 
-def _padded(a: Tensor, b: Tensor, dim: int) -> Pair:
-    """A and B with zeros up to rank `dim`."""
-    more = dim - a.shape[0]
-    return torch.nn.functional.pad(a, (0, 0, 0, more)), torch.nn.functional.pad(b, (0, more))
-
-
-def _read_keys(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, str, Pair]]:
-    """By module: its layer, which linear it is, A and B."""
-    halves: dict[str, dict[str, Tensor]] = {}
-    places: dict[str, tuple[int, str]] = {}
-    for key, tensor in tensors.items():
-        match = _MEGATRON_KEY.fullmatch(key) if len(key) < 1000 else None
-        if match is None or match["fused"] not in FUSED:
-            raise AdapterFileError(
-                f"{key[:80]!r} is no key of a Megatron adapter on {', '.join(FUSED)}; remove it"
-            )
-        name = f"decoder.layers.{int(match['layer'])}.{match['fused']}"
-        if tensor.dim() != 2 or not tensor.numel() or match["side"] in halves.setdefault(name, {}):
-            raise AdapterFileError(f"{key[:80]!r} is there twice or is no matrix; save it again")
-        halves[name][match["side"]] = tensor
-        places[name] = (int(match["layer"]), match["fused"])
-    result = {}
-    for name, pair in halves.items():
-        if len(pair) < 2 or pair["in"].shape[0] != pair["out"].shape[1]:
-            raise AdapterFileError(
-                f"{name}: linear_in and linear_out do not make a pair; save the adapter again"
-            )
-        result[name] = (*places[name], (pair["in"], pair["out"]))
-    return result
+def _named(fused: Mapping[str, Pair], dim: int) -> dict[str, Tensor]:
+    """A and B of every module by Megatron's keys, with zeros up to rank `dim`."""
+    tensors: dict[str, Tensor] = {}
+    for name, (a, b) in fused.items():
+        more = dim - a.shape[0]
+        tensors[f"{name}.adapter.linear_in.weight"] = F.pad(a, (0, 0, 0, more))
+        tensors[f"{name}.adapter.linear_out.weight"] = F.pad(b, (0, more))
+    return tensors
 
 
 def _split(

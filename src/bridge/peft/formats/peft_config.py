@@ -107,15 +107,7 @@ def parse_config(config: Any) -> PeftConfig:
         for name, check in _CHECKS.items()
         if config.get(name) is not None
     }
-    if not values.get("target_modules"):
-        raise AdapterFileError(
-            "adapter_config.json: target_modules is empty; list the names of the adapted modules"
-        )
-    if isinstance(values["target_modules"], str) and values.get("layers_to_transform"):
-        raise AdapterFileError(
-            "adapter_config.json: layers_to_transform needs target_modules as a list; write the "
-            "layers into the regex instead"
-        )
+    _check_targets_given(values)
     budget = Budget()
     targets = values.pop("target_modules")
     is_all = isinstance(targets, str) and targets.lower() == "all-linear"
@@ -133,6 +125,18 @@ def parse_config(config: Any) -> PeftConfig:
         **patterns,
         **values,
     )
+
+
+def _check_targets_given(values: dict[str, Any]) -> None:
+    if not values.get("target_modules"):
+        raise AdapterFileError(
+            "adapter_config.json: target_modules is empty; list the names of the adapted modules"
+        )
+    if isinstance(values["target_modules"], str) and values.get("layers_to_transform"):
+        raise AdapterFileError(
+            "adapter_config.json: layers_to_transform needs target_modules as a list; write the "
+            "layers into the regex instead"
+        )
 
 
 def _matcher(name: str, value: str | tuple[str, ...], budget: Budget) -> NameMatcher:
@@ -160,9 +164,10 @@ def _refuse_what_cannot_be_honoured(config: dict[str, Any]) -> None:
         if value in (None, False, "", [], {}):
             continue
         what = _REFUSED.get(name)
+        shown = name if name.isidentifier() else _show(name)
         meaning = f"means {what}, which" if what else "is a field that"
         raise AdapterFileError(
-            f"adapter_config.json: {name}={_show(value)} {meaning} cannot be honoured here; merge "
+            f"adapter_config.json: {shown}={_show(value)} {meaning} cannot be honoured here; merge "
             "the adapter with the tool that made it"
         )
     init = config.get("init_lora_weights")

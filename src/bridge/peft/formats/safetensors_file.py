@@ -127,7 +127,7 @@ def _check_header(path: Path, header: dict[str, Any], size: int) -> None:
                 raise _damaged(path, f"the entry of {key!r} has no dtype, shape and offsets")
         if dtype not in _DTYPES:
             raise AdapterFileError(
-                f"{path}: {key} is {dtype}; an adapter's tensors are {', '.join(_DTYPES)}"
+                f"{path}: {key} is {dtype!r:.20}; an adapter's tensors are {', '.join(_DTYPES)}"
             )
         if not all(type(n) is int and 0 <= n < _MAX_SIZE for n in shape):
             raise _damaged(path, f"{key} has the shape {shape}")
@@ -136,5 +136,5 @@ def _check_header(path: Path, header: dict[str, Any], size: int) -> None:
 
 
 def _damaged(path: Path, what: str) -> AdapterFileError:
-    text = " ".join(what.split())[:300]
+    text = "".join(c if c.isprintable() else " " for c in what)[:300]
     return AdapterFileError(f"{path} is damaged: {text}; download or save the adapter again")

@@ -478,7 +478,7 @@ def test_blocks_and_sampling_change_no_weight(tmp_path, monkeypatch):
     run(files)
     whole = tensors(files.out)
     shutil.rmtree(files.out)
-    monkeypatch.setattr(worker, "_SAMPLED_ABOVE", 64)
+    monkeypatch.setattr(worker, "_MEASURED_IN_PART", 64)
     monkeypatch.setattr(stream, "_COPY_BYTES", 100)
     monkeypatch.setitem(merge_math._BLOCK, "cpu", 200)
     run(files)

@@ -12,7 +12,7 @@ from bridge.peft.branch import TRAINABLE_DTYPES
 from bridge.peft.encoder_fast_path import encoder_fast_path
 from bridge.peft.errors import AdapterError
 from bridge.peft.lora_mixin import LoRAMixin
-from bridge.peft.merge_math import Rounding, Scratch, Update, merge_rows, row_blocks
+from bridge.peft.merge_math import Rounding, Scratch, Update, all_finite, merge_rows, row_blocks
 from bridge.peft.merge_report import MergeReport, MergeRow
 from bridge.peft.module_matcher import adapted_modules, unwrap
 from bridge.peft.shared_weights import sharers
@@ -258,7 +258,7 @@ def _check_mergeable(fqn: str, layer: LoRAMixin) -> None:
 def _check_finite(fqn: str, layer: LoRAMixin, dtype: torch.dtype) -> None:
     weight, a, b = base_weight(layer), layer.lora_a.weight, layer.lora_b.weight
     for name, tensor in (("base weight", weight), ("A", a), ("B", b)):
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise AdapterError(f"{fqn}: {name} holds NaN or inf; nothing was merged")
     if not weight.numel():
         return
@@ -267,7 +267,7 @@ def _check_finite(fqn: str, layer: LoRAMixin, dtype: torch.dtype) -> None:
     if float(weight.abs().max()) + size < torch.finfo(weight.dtype).max:
         return
     merged, _ = merge_weight(layer.oriented(weight), a, b, layer.scale, dtype=dtype)
-    if not bool(torch.isfinite(merged).all()):
+    if not all_finite(merged):
         raise AdapterError(
             f"{fqn}: the merged weight overflows {weight.dtype}; nothing was merged; "
             "convert the base to float32 or bfloat16 first"

@@ -16,14 +16,15 @@ from torch import Tensor
 from bridge.peft.errors import AdapterError
 from bridge.peft.merge_directory.checkpoint import FLOATING, Entry, Shard
 from bridge.peft.merge_directory.edits import Edit
-from bridge.peft.merge_math import Rounding, Scratch, Update, merge_rows
+from bridge.peft.merge_math import Rounding, Scratch, Update, all_finite, merge_rows
 
 #: What the system answers where `copy_file_range` cannot copy between these two files.
 _NO_KERNEL_COPY = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
-#: Above this many weights, rounding is measured on every fourth row: a million are enough to know
-#: shares and means to a tenth of a percent, and measuring takes as long as merging.
-_SAMPLED_ABOVE = 2**22
-_SAMPLED_ROWS = 4
+#: Of a matrix with at least so many weights an eighth is measured, spread over all its blocks:
+#: half a million weights tell shares and means to a tenth of a percent, and measuring all of them
+#: takes as long as merging does.
+_MEASURED_IN_PART = 2**22
+_PART = 8
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,9 @@ class Worker:
             return None
         out, rounding = self._buffer(target.entry, piece.rows), None
         if piece.update is not None:
-            base, every = self._read(piece), _sampling(target.entry)
-            rounding = merge_rows(base, piece.update, piece.rows, out, self._scratch, every=every)
-            if not bool(rounding.largest <= torch.finfo(out.dtype).max):
+            base, part = self._read(piece), _measured_part(target.entry)
+            rounding = merge_rows(base, piece.update, piece.rows, out, self._scratch, part=part)
+            if not bool(rounding.total.isfinite()) and not all_finite(out):
                 raise _not_finite(target, base)
         elif target.edit is not None and target.edit.replacement is not None:
             values = target.edit.replacement.reshape(as_matrix(target.entry.shape))
@@ -188,9 +189,8 @@ class Worker:
             _write_exactly(self._target, buffer)
 
 
-def _sampling(entry: Entry) -> int:
-    """Rounding is measured on every so many rows; all of them in a small matrix."""
-    return _SAMPLED_ROWS if prod(entry.shape) >= _SAMPLED_ABOVE else 1
+def _measured_part(entry: Entry) -> int:
+    return _PART if prod(entry.shape) >= _MEASURED_IN_PART else 1
 
 
 def _copy_in_kernel(source: BinaryIO, target: BinaryIO, start: int, to: int, count: int) -> int:
@@ -233,7 +233,7 @@ def _cast(target: Target, values: Tensor, out: Tensor) -> None:
 
 def _not_finite(target: Target, base: Tensor) -> AdapterError:
     name = target.entry.name
-    if not bool(torch.isfinite(base).all()):
+    if not all_finite(base):
         return AdapterError(f"{name} holds NaN or inf in the base model; nothing was merged")
     return AdapterError(
         f"the merged {name} overflows {FLOATING[target.entry.dtype]}; pass --dtype bfloat16 or "

@@ -95,7 +95,7 @@ def write_model(directory: Path, layers: int, files: int) -> int:
             file.write(header_bytes(entries, {}))
             for entry in entries:
                 values = torch.randn(entry.shape).mul_(0.02).bfloat16()
-                file.write(memoryview(values.view(torch.uint8).numpy()).cast("B"))
+                file.write(values.view(torch.uint8).numpy().tobytes())
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     (directory / "config.json").write_text(json.dumps({"model_type": "llama"}))
@@ -172,7 +172,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tenth of the model, two rounds")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--directory", help="where to write; about 4.6 GB are needed")

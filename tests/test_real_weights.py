@@ -44,6 +44,7 @@ def embed(model, tokens):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 def test_it_trains_returns_to_its_base_and_loads_in_peft(batch, tmp_path):
     from peft import PeftModel
 

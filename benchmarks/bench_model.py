@@ -184,7 +184,7 @@ def main() -> None:
         "ours": with_ours(base(layers)),
         "peft": with_peft(base(layers)),
     }
-    rows = steps(models, 5.0 if args.quick else 60.0)
+    rows = steps(models, 5.0 if args.quick else 30.0)
     rows += generation(models, 8 if args.quick else 16)
     rows += files(models, layers)
     RESULTS.mkdir(exist_ok=True)

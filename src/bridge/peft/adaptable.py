@@ -34,7 +34,7 @@ def check_adaptable(module: nn.Module) -> None:
     name = type(module).__name__
     if isinstance(module, LoRAMixin | AdapterWrapper):
         raise AlreadyAdaptedError(
-            f"{name} is already adapted; merge(model, keep_base=False) or start from the base model"
+            f"{name} is already adapted; start from the base model, or go on with the adapter it has"
         )
     if hasattr(module, "super_fwd") or (
         "forward" in vars(module) and "_hf_hook" not in vars(module)

@@ -155,7 +155,7 @@ def match_targets(
     if adapted := next(adapted_modules(model), None):
         raise AlreadyAdaptedError(
             f"the model already carries adapters (first: {adapted[0] or type(model).__name__}); "
-            "merge(model, keep_base=False) them or start from the base model"
+            "start from the base model, or go on with the adapter it has"
         )
     everything = candidates(model)
     reasons = {id(c.module): unsupported_reason(c.module) for c in everything}

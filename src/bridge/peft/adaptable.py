@@ -34,7 +34,7 @@ def check_adaptable(module: nn.Module) -> None:
     name = type(module).__name__
     if isinstance(module, LoRAMixin | AdapterWrapper):
         raise AlreadyAdaptedError(
-            f"{name} is already adapted; start from the base model, or go on with the adapter it has"
+            f"{name} is already adapted; start from the base model, or go on with that adapter"
         )
     if hasattr(module, "super_fwd") or (
         "forward" in vars(module) and "_hf_hook" not in vars(module)

@@ -115,7 +115,11 @@ def _commit(staging: Path, directory: Path) -> None:
 def _remove_stale_staging(directory: Path) -> None:
     """Remove what a killed process staged and never committed."""
     for path in directory.glob(f"{_STAGING_PREFIX}*"):
-        if path.is_dir() and time.time() - path.stat().st_mtime > _STALE_SECONDS:
+        try:
+            stale = path.is_dir() and time.time() - path.stat().st_mtime > _STALE_SECONDS
+        except FileNotFoundError:
+            continue  # another process has finished with it
+        if stale:
             shutil.rmtree(path, ignore_errors=True)
 
 

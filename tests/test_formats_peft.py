@@ -79,6 +79,13 @@ def test_read_and_write_without_a_model_are_lossless(tmp_path):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
+def test_modules_come_in_the_order_of_the_file_each_time(tmp_path):
+    """So that errors and tables name them in one order, from process to process."""
+    save_adapter(LoRA(dim=2)(nn.Sequential(*[nn.Linear(3, 3) for _ in range(20)])), tmp_path)
+    names = [list(read_adapter(tmp_path).tensors) for _ in range(5)]
+    assert names == 5 * [sorted(names[0])] and len(names[0]) == 20
+
+
 def test_another_base_is_told_and_refused_when_strict(tmp_path):
     save_adapter(trained(small_model(), dim=3), tmp_path)
     with pytest.warns(UserWarning, match=r"0 has other values here \(3 modules differ\)"):

@@ -23,6 +23,7 @@ from bridge.peft.formats.adapter_directory import no_duplicates
 
 #: An adapter's header takes about 150 bytes per tensor; this is room for 200,000.
 MAX_HEADER_BYTES = 32_000_000
+_METADATA = "__metadata__"
 _MAX_SIZE = 2**40
 _MAX_KEY_LENGTH = 2_000
 #: The dtypes a LoRA matrix or a saved module may have, by their safetensors name.
@@ -66,7 +67,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             raise AdapterFileError(
                 f"{path}: {key} holds NaN or inf; go back to an earlier checkpoint of the adapter"
             )
-    return tensors
+    # the library's own order changes from process to process
+    return {key: tensors[key] for key in header if key != _METADATA}
 
 
 def serialize(tensors: Mapping[str, Tensor]) -> bytes:
@@ -78,7 +80,7 @@ def serialize(tensors: Mapping[str, Tensor]) -> bytes:
     # Not by safetensors' own function, which needs numpy, and nothing else here does.
     own = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
     names = {dtype: name for name, dtype in _DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {_METADATA: {"format": "pt"}}
     data: list[bytes] = []
     offset = 0
     # wide elements first keeps every tensor aligned
@@ -116,7 +118,7 @@ def _read_header(path: Path, file: Any, size: int) -> dict[str, Any]:
 def _check_header(path: Path, header: dict[str, Any], size: int) -> None:
     """Check names, dtypes, shapes and offsets against each other and the size of the file."""
     for key, entry in header.items():
-        if key == "__metadata__":
+        if key == _METADATA:
             continue
         if not key.isprintable() or len(key) > _MAX_KEY_LENGTH:
             raise _damaged(path, f"it holds the key {key[:80]!r}")

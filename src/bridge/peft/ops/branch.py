@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -149,9 +148,11 @@ def _blocks(
 ) -> Iterator[tuple[Any, ...]]:
     """Yield blocks of rows: the mask, as wide as elements of ``a``, and those of the tensors."""
     step = max(1, _BLOCK_ELEMENTS // a.shape[1])
-    blocks = wide.split(step)
-    masks = repeat(None, len(blocks)) if mask is None else mask.blocks(blocks, a.dtype)
-    return zip(masks, blocks, *(t.split(step) for t in others), strict=True)
+    for start in range(0, max(1, wide.shape[0]), step):
+        rows = slice(start, start + step)
+        block = wide[rows]
+        kept = None if mask is None else mask.of(rows, block, a.dtype)
+        yield kept, block, *(t[rows] for t in others)
 
 
 def _cat(parts: list[Tensor]) -> Tensor:

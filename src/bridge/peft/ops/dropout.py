@@ -12,8 +12,6 @@ like independent draws because the multipliers are random (multiply-shift hashin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
 import torch
 from torch import Tensor
 
@@ -68,22 +66,20 @@ class SeededMask:
         self._threshold = dropped - _LANE // 2
         self.keep_probability = 1.0 - dropped / _LANE
 
-    def blocks(self, like: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
-        """Yield the mask by blocks of rows: ones where kept, zeros where dropped.
+    def of(self, rows: slice, block: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return some rows of the mask: ones where kept, zeros where dropped.
 
-        A block is scratch: valid until the next one, and free to be overwritten.
+        The result is scratch: valid until the next call, and free to be overwritten.
 
         Args:
-            like: Blocks of the matrix, (some rows, columns) each.
+            rows: Which rows.
+            block: These rows of the matrix, (some rows, columns).
             dtype: What will be masked: the integers are as wide as its elements.
         """
-        step = max(1, like[0].shape[0])
-        for block, r, q in zip(like, self._r.split(step), self._q.split(step), strict=True):
-            words = self._words(r, q, scratch("words", block, torch.int16))
-            if dtype.itemsize == 2:
-                yield words
-            else:
-                yield scratch("mask", block, _INTEGER_OF_SIZE[dtype.itemsize]).copy_(words)
+        words = self._words(self._r[rows], self._q[rows], scratch("words", block, torch.int16))
+        if dtype.itemsize == 2:
+            return words
+        return scratch("mask", block, _INTEGER_OF_SIZE[dtype.itemsize]).copy_(words)
 
     def whole(self) -> Tensor:
         """Return the whole mask: boolean, (rows, columns), True where an element is kept."""

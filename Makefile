@@ -38,6 +38,7 @@ fuzz: $(VENV)/.dev ## 20,000 mutated adapter directories
 gpu: ## GPU tests and benchmarks with the CUDA torch of $(PYTHON) (nothing is installed)
 	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests/gpu
 	PYTHONPATH=src $(PYTHON) benchmarks/bench_linear.py
+	PYTHONPATH=src $(PYTHON) benchmarks/bench_model.py
 
 clean: ## remove the environment and run outputs
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .coverage

@@ -1,7 +1,7 @@
 """A whole Llama: a training step over the frozen model's, then patching, files and generation.
 
-24 layers of width 1024, all linears adapted at rank 16, 4 × 128 tokens, float32. A step is forward
-and backward from given input embeddings that want gradients, in all three models.
+24 layers of width 1024, all linears adapted at rank 16, 4 × 128 tokens, float32 (bfloat16 on CUDA).
+A step is forward and backward from given input embeddings that want gradients, in all three models.
 
     python benchmarks/bench_model.py [--quick]
 
@@ -29,6 +29,8 @@ from measure import machine, median_ratio, paired_times
 
 RESULTS = Path(__file__).parent / "results"
 DIM, ALPHA = 16, 32
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 
 def base(layers: int) -> LlamaForCausalLM:
@@ -42,6 +44,7 @@ def base(layers: int) -> LlamaForCausalLM:
         num_attention_heads=16,
     )
     model = LlamaForCausalLM(config)
+    model.to(device=DEVICE, dtype=DTYPE)  # pyright: ignore
     model.requires_grad_(False)
     return model
 
@@ -66,8 +69,8 @@ def step(model: nn.Module, embeddings: Tensor, dy: Tensor) -> None:
 
 def steps(models: dict[str, nn.Module], budget: float) -> list[dict[str, Any]]:
     """Time a step of every model, paired."""
-    embeddings = torch.randn(4, 128, 1024, requires_grad=True)
-    dy = torch.randn(4, 128, 1024)
+    embeddings = torch.randn(4, 128, 1024, device=DEVICE, dtype=DTYPE, requires_grad=True)
+    dy = torch.randn(4, 128, 1024, device=DEVICE, dtype=DTYPE)
     runs = {name: lambda m=model: step(m, embeddings, dy) for name, model in models.items()}
     times, disturbed = paired_times(runs, budget)
     return [
@@ -97,42 +100,42 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def once(what: str, ours: Callable[[], object], theirs: Callable[[], object]) -> list[dict]:
-    """Time something that is done once, ours and PEFT's, best of three."""
-    mine, peers = (min(timed(run) for _ in range(3)) for run in (ours, theirs))
+def compared(what: str, ours: Callable[[], float], theirs: Callable[[], float]) -> list[dict]:
+    """Seconds of something that is done once, ours and PEFT's, best of three, alternating."""
+    mine, peers = (min(pair) for pair in zip(*((ours(), theirs()) for _ in range(3)), strict=True))
     return [row(what, "ours", mine, 1.0), row(what, "peft", peers, peers / mine)]
 
 
-def files(models: dict[str, nn.Module], layers: int) -> list[dict[str, Any]]:
+def files(models: dict[str, Any], layers: int) -> list[dict[str, Any]]:
     """Patching a model, saving the adapter, and loading it into a base."""
-    spare = [base(layers) for _ in range(2)]
 
-    def fresh_load(load: Callable[[nn.Module], object], at: int) -> float:
-        seconds = timed(lambda: load(spare[at]))
-        spare[at] = base(layers)
+    def fresh(run: Callable[[Any], object]) -> Callable[[], float]:
+        def seconds() -> float:
+            model = base(layers)
+            return timed(lambda: run(model))
+
         return seconds
 
-    patch = [fresh_load(with_ours, 0), fresh_load(with_peft, 1)]
     with tempfile.TemporaryDirectory() as directory:
-        ours, theirs = Path(directory, "ours"), Path(directory, "theirs")
-        saved = once(
-            "save the adapter",
-            lambda: save_adapter(models["ours"], ours),
-            lambda: models["peft"].save_pretrained(str(theirs)),  # pyright: ignore
-        )
-        load = [
-            fresh_load(lambda m: load_adapter(m, ours), 0),
-            fresh_load(lambda m: peft.PeftModel.from_pretrained(m, str(theirs)), 1),  # pyright: ignore
+        ours, theirs = str(Path(directory, "ours")), str(Path(directory, "theirs"))
+        return [
+            *compared("patch", fresh(with_ours), fresh(with_peft)),
+            *compared(
+                "save the adapter",
+                lambda: timed(lambda: save_adapter(models["ours"], ours)),
+                lambda: timed(lambda: models["peft"].save_pretrained(theirs)),
+            ),
+            *compared(
+                "load the adapter",
+                fresh(lambda model: load_adapter(model, ours)),
+                fresh(lambda model: peft.PeftModel.from_pretrained(model, theirs)),
+            ),
         ]
-    rows = []
-    for what, (mine, peers) in (("patch", patch), ("load the adapter", load)):
-        rows += [row(what, "ours", mine, 1.0), row(what, "peft", peers, peers / mine)]
-    return rows + saved
 
 
 def generation(models: dict[str, Any], tokens: int) -> list[dict[str, Any]]:
     """Greedy generation of a few tokens, unmerged and merged."""
-    prompt = torch.arange(16)[None]
+    prompt = torch.arange(16, device=DEVICE)[None]
 
     def generate(model: Any) -> Callable[[], object]:
         settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
@@ -159,7 +162,8 @@ def markdown(rows: list[dict[str, Any]], layers: int) -> str:
     """All measurements as a table."""
     lines = [
         f"Machine: {rows[0]['machine']}; torch {rows[0]['torch']}, PEFT {rows[0]['peft']}. Llama, "
-        f"{layers} layers × 1024, all linears, rank {DIM}, float32; a step is 4 × 128 tokens.",
+        f"{layers} layers × 1024, all linears, rank {DIM}, "
+        f"{str(DTYPE).removeprefix('torch.')}; a step is 4 × 128 tokens.",
         "",
         "| what | model | seconds | ratio |",
         "|---|---|---|---|",
@@ -188,7 +192,7 @@ def main() -> None:
     rows += generation(models, 8 if args.quick else 16)
     rows += files(models, layers)
     RESULTS.mkdir(exist_ok=True)
-    name = "model_quick" if args.quick else "model"
+    name = "model" + "_cuda" * (DEVICE == "cuda") + "_quick" * args.quick
     with (RESULTS / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

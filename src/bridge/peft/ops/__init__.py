@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from bridge.peft.ops.branch import Branch
 from bridge.peft.ops.dropout import SeededMask, draw_seed
-from bridge.peft.ops.fused import LoRAAddFunction, LoRALinearFunction
+from bridge.peft.ops.fused import fused_add, fused_linear
 from bridge.peft.ops.reference import add_branch, lora_branch_reference, lora_linear_reference
 
 __all__ = ["Path", "choose_path", "lora_add", "lora_linear"]
@@ -103,7 +103,7 @@ def lora_linear(
         return lora_linear_reference(x, weight, bias, lora_a, lora_b, scale, *drop)
     seed = draw_seed() if dropout > 0.0 else None
     branch = Branch(scale, dropout, dropout_position)
-    return LoRALinearFunction.apply(x, weight, bias, lora_a, lora_b, seed, branch)
+    return fused_linear(x, weight, bias, lora_a, lora_b, seed, branch)
 
 
 def lora_add(
@@ -138,7 +138,7 @@ def lora_add(
         return add_branch(base_out, out)
     seed = draw_seed() if dropout > 0.0 else None
     branch = Branch(scale, dropout, dropout_position)
-    return LoRAAddFunction.apply(base_out, x, lora_a, lora_b, seed, branch)
+    return fused_add(base_out, x, lora_a, lora_b, seed, branch)
 
 
 def _trains(lora_a: Tensor, lora_b: Tensor) -> bool:

@@ -17,6 +17,49 @@ from bridge.peft.ops.branch import Branch, contract, contract_backward, expand_,
 from bridge.peft.ops.reference import lora_branch_reference, lora_linear_reference
 
 
+def fused_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    seed: int | None,
+    branch: Branch,
+) -> Tensor:
+    """Return ``y = W x + b + s B A x``; without autograd's bookkeeping where gradients are off.
+
+    Args:
+        x: (..., in_features).
+        weight: (out_features, in_features).
+        bias: (out_features,) or None.
+        lora_a: (dim, in_features).
+        lora_b: (out_features, dim).
+        seed: Of the dropout mask, or None without dropout.
+        branch: The branch's settings.
+    """
+    if torch.is_grad_enabled():
+        return LoRALinearFunction.apply(x, weight, bias, lora_a, lora_b, seed, branch)
+    return _linear(x, weight, bias, lora_a, lora_b, seed, branch)[0]
+
+
+def fused_add(
+    base_out: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, seed: int | None, branch: Branch
+) -> Tensor:
+    """Return ``base_out + s B A x``; without autograd's bookkeeping where gradients are off.
+
+    Args:
+        base_out: (..., out_features).
+        x: (..., in_features).
+        lora_a: (dim, in_features).
+        lora_b: (out_features, dim).
+        seed: Of the dropout mask, or None without dropout.
+        branch: The branch's settings.
+    """
+    if torch.is_grad_enabled():
+        return LoRAAddFunction.apply(base_out, x, lora_a, lora_b, seed, branch)
+    return _add(base_out, x, lora_a, lora_b, seed, branch)[0]
+
+
 class LoRALinearFunction(torch.autograd.Function):
     """``y = W x + b + s B A x`` for a plain base; the branch is added into the base's result."""
 
@@ -32,15 +75,7 @@ class LoRALinearFunction(torch.autograd.Function):
         branch: Branch,
     ) -> Tensor:
         """Return y, (..., out_features), in the dtype of the base's result."""
-        rows = _rows(x)
-        pre, post, s = branch.masks(seed, rows, lora_b)
-        # The narrow product comes first: it leaves x in cache for the wide one.
-        h = contract(rows, lora_a, pre)
-        y = F.linear(x, weight, bias)
-        if y._is_view() or not y.is_contiguous():
-            # Consumers may write into our result, which a view made in here would forbid.
-            y = torch.ops.aten._unsafe_view(y.contiguous(), y.shape)
-        expand_(_rows(y), h, lora_b.t(), s, post)
+        y, h = _linear(x, weight, bias, lora_a, lora_b, seed, branch)
         ctx.save_for_backward(x, weight, bias, lora_a, lora_b, h)
         ctx.seed, ctx.branch = seed, branch
         return y
@@ -77,11 +112,7 @@ class LoRAAddFunction(torch.autograd.Function):
         branch: Branch,
     ) -> Tensor:
         """Return y, of the shape and dtype of ``base_out``."""
-        rows = _rows(x)
-        pre, post, s = branch.masks(seed, rows, lora_b)
-        h = contract(rows, lora_a, pre)
-        y = base_out.clone(memory_format=torch.contiguous_format)
-        expand_(_rows(y), h, lora_b.t(), s, post)
+        y, h = _add(base_out, x, lora_a, lora_b, seed, branch)
         ctx.save_for_backward(x, lora_a, lora_b, h)
         ctx.seed, ctx.branch = seed, branch
         return y
@@ -100,6 +131,40 @@ class LoRAAddFunction(torch.autograd.Function):
         dx = torch.zeros_like(rows) if needs[0] else None
         da = contract_backward(rows, dh, lora_a, s, pre, dx)
         return dy, None if dx is None else dx.view(x.shape), da, db.t(), None, None
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    seed: int | None,
+    branch: Branch,
+) -> tuple[Tensor, Tensor]:
+    """Return y, (..., out_features), and h, (tokens, dim)."""
+    rows = _rows(x)
+    pre, post, s = branch.masks(seed, rows, lora_b)
+    # The narrow product comes first: it leaves x in cache for the wide one.
+    h = contract(rows, lora_a, pre)
+    y = F.linear(x, weight, bias)
+    if y._is_view() or not y.is_contiguous():
+        # Consumers may write into our result, which a view made in here would forbid.
+        y = torch.ops.aten._unsafe_view(y.contiguous(), y.shape)
+    expand_(_rows(y), h, lora_b.t(), s, post)
+    return y, h
+
+
+def _add(
+    base_out: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, seed: int | None, branch: Branch
+) -> tuple[Tensor, Tensor]:
+    """Return y, (..., out_features), and h, (tokens, dim)."""
+    rows = _rows(x)
+    pre, post, s = branch.masks(seed, rows, lora_b)
+    h = contract(rows, lora_a, pre)
+    y = base_out.clone(memory_format=torch.contiguous_format)
+    expand_(_rows(y), h, lora_b.t(), s, post)
+    return y, h
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -308,6 +308,13 @@ def test_what_is_no_linear_is_refused_by_either_exception_type(module, make):
             make(module)
 
 
+@pytest.mark.parametrize("thing", [None, "q_proj", nn.Linear])
+@pytest.mark.parametrize("make", [patch_linear_module, LinearAdapter])
+def test_what_is_no_module_is_refused_like_what_is_no_linear(thing, make):
+    with pytest.raises(UnsupportedLinearError, match="it is no module; pass a linear"):
+        make(thing)
+
+
 def test_patching_again_is_refused_and_wipes_nothing():
     layer = make_trained(patch_linear_module(nn.Linear(3, 3)))
     before = copy.deepcopy(layer.state_dict())

@@ -32,6 +32,8 @@ def check_adaptable(module: nn.Module) -> None:
         UnsupportedLinearError: It is not such a linear; the message says why.
     """
     name = type(module).__name__
+    if not isinstance(module, nn.Module):
+        raise UnsupportedLinearError(f"cannot adapt {module!r}: it is no module; pass a linear")
     if isinstance(module, LoRAMixin | AdapterWrapper):
         raise AlreadyAdaptedError(
             f"{name} is already adapted; start from the base model, or go on with that adapter"
@@ -55,6 +57,8 @@ def unsupported_reason(module: nn.Module) -> str | None:
     """
     if HAVE_TE and type(module) is TELinear:
         return _te_unsupported_reason(module)
+    if HAVE_TE and isinstance(module, TELinear):
+        return "subclasses of te.Linear answer with tuples of their own; wrap it in LoRALinear"
     if not (isinstance(module, nn.Linear) or is_transposed(type(module))):
         return "it is neither a torch.nn.Linear nor a transformer_engine.pytorch.Linear"
     if taken := [name for name in _BRANCH_ATTRIBUTES if hasattr(module, name)]:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from bridge.peft import LoRA, disable_adapters
+from bridge.peft import LoRA, adapter_state_dict, disable_adapters
 from bridge.peft.errors import AlreadyAdaptedError, TargetError
 from bridge.peft.module_matcher import matches
 from tests import models
@@ -87,7 +88,14 @@ def test_exclusions_are_left_alone_and_listed():
         ({"target_modules": ["self_attn"]}, "cannot be adapted: LlamaAttention"),
         ({"exclude_modules": ["v_prj"]}, "exclude_modules entry 'v_prj'.*did you mean"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "excluded"),
-        ({"rank_pattern": {"q_prj": 4}}, "rank_pattern entry 'q_prj' matches none of the 14"),
+        (
+            {"rank_pattern": {"q_prj": 4}},
+            "rank_pattern entry 'q_prj' matches none of the 14.*did you mean 'q_proj'",
+        ),
+        ({"target_modules": ["Q_PROJ"]}, "did you mean 'q_proj'"),
+        ({"target_modules": ["all-linear"]}, "pass target_modules='all-linear', not in a list"),
+        ({"target_modules": ["layers.1"]}, r"linears below it are 'model\.layers\.1\.\*'"),
+        ({"exclude_modules": ["layers.1"]}, r"exclude nothing.*'model\.layers\.1\.\*'"),
         ({"target_modules": ["q_proj"], "alpha_pattern": {"v_proj": 4}}, "alpha_pattern entry"),
     ],
 )
@@ -97,6 +105,20 @@ def test_every_entry_must_match_and_the_error_helps(recipe, words):
         LoRA(dim=2, **recipe)(model)
     assert isinstance(raised.value, ValueError)
     assert adapted(model) == [] and all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("wrap", [checkpoint_wrapper, torch.compile])
+def test_wrapping_a_linear_changes_neither_its_name_nor_its_initial_a(wrap):
+    recipe = LoRA(target_modules=["0", "1"], dim=2, seed=5)
+    plain, wrapped = (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2))
+    wrapped[0] = wrap(wrapped[0])
+    assert [row.fqn for row in recipe.plan(wrapped).rows] == ["0", "1"]
+    expected = adapter_state_dict(recipe(plain))
+    torch.testing.assert_close(adapter_state_dict(recipe(wrapped)), expected, rtol=0, atol=0)
+
+
+def test_excluding_what_is_left_alone_anyway_is_no_error():
+    assert len(LoRA(exclude_modules=["embed_tokens"], dim=2).plan(models.llama()).rows) == 14
 
 
 def test_a_model_without_linears_is_refused():

@@ -62,6 +62,12 @@ class TestOnTheDouble(TELinearContract):
         with pytest.raises(NotImplementedError, match="copies a te.Linear"):
             te.layers.TELinearAdapter(nn.Linear(2, 2))
 
+    def test_the_plan_says_why_split_parameters_stay_as_they_are(self, te):
+        lora = importlib.import_module("bridge.peft.lora")
+        model = nn.Sequential(te.Linear(4, 4), te.Linear(4, 4, parameters_split=("q", "k")))
+        (skipped,) = lora.LoRA(dim=2).plan(model).not_adapted
+        assert "parameters_split" in skipped.reason
+
     def test_the_recipe_and_the_adapter_file_leave_extra_state_alone(self, te):
         lora = importlib.import_module("bridge.peft.lora")
         model = nn.Sequential(te.Linear(4, 4), nn.Linear(4, 4))

@@ -26,6 +26,7 @@ from bridge.peft.module_matcher import (
     ALL_LINEAR,
     Candidate,
     adapted_modules,
+    did_you_mean,
     match_targets,
     unwrap,
 )
@@ -99,6 +100,9 @@ class LoRA:
         object.__setattr__(self, "exclude_modules", _entries(self, "exclude_modules"))
         if not self.target_modules:
             raise AdapterError(f"target_modules is empty; pass names or {ALL_LINEAR!r}")
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(pattern := getattr(self, name), Mapping):
+                raise AdapterError(f"{name} must map entries to numbers, got {pattern!r}")
         for key, dim in self.rank_pattern.items():
             check_dim(dim, f"rank_pattern[{key!r}]")
         for key, alpha in self.alpha_pattern.items():
@@ -107,6 +111,8 @@ class LoRA:
             _check_entry("a pattern", key)
         if self.seed is not None and (not isinstance(self.seed, int) or self.seed < 0):
             raise AdapterError(f"seed must be an integer >= 0 or None, got {self.seed!r}")
+        if not isinstance(self.use_rslora, bool):
+            raise AdapterError(f"use_rslora must be True or False, got {self.use_rslora!r}")
         self.options_for(Candidate("", nn.Identity(), ("",)))
 
     def options_for(self, candidate: Candidate) -> BranchOptions:
@@ -174,8 +180,8 @@ class LoRA:
             for entry in pattern:
                 if not any(candidate.matches(entry) for candidate in chosen):
                     raise TargetError(
-                        f"{name}_pattern entry {entry!r} matches none of the {len(chosen)} modules "
-                        f"to adapt (first: {chosen[0].fqn})"
+                        f"{name}_pattern entry {entry!r} matches none of the {len(chosen)} linears "
+                        f"to adapt{did_you_mean(entry, chosen)}"
                     )
         return chosen, skipped
 
@@ -245,6 +251,8 @@ def _entries(recipe: LoRA, name: str) -> str | tuple[str, ...]:
     value: Any = getattr(recipe, name)
     if value == ALL_LINEAR and name == "target_modules":
         return value
+    if not isinstance(value, Iterable):
+        raise AdapterError(f"{name} takes names, wildcards or re:regexes, got {value!r}")
     entries = (value,) if isinstance(value, str) else tuple(value)
     for entry in entries:
         _check_entry(name, entry)

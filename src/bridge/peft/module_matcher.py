@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from bridge.peft._optional import TELinear
 from bridge.peft.adaptable import unsupported_reason
 from bridge.peft.adapter_wrapper import AdapterWrapper
 from bridge.peft.errors import AlreadyAdaptedError, TargetError
@@ -103,11 +104,11 @@ def matches(entry: str, fqn: str) -> bool:
 
 
 def candidates(model: nn.Module) -> list[Candidate]:
-    """All modules of a model, each once, with every name that reaches it."""
+    """All modules, each once, with every name that reaches it, wrapper levels left out."""
     names: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
     for fqn, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(id(module), []).append(fqn)
+        names.setdefault(id(module), []).append(clean_fqn(fqn))
         modules[id(module)] = module
     return [Candidate(n[0], modules[key], tuple(n)) for key, n in names.items()]
 
@@ -162,7 +163,7 @@ def match_targets(
     linears = [c for c in everything if reasons[id(c.module)] is None]
     if not linears:
         raise TargetError(f"{type(model).__name__} has no linear that can be adapted")
-    excluded = {id(c.module) for e in exclude for c in _matching(e, everything, "exclude_modules")}
+    excluded = {key for entry in exclude for key in _excluded_by(entry, everything, reasons)}
     heads: set[int] = set()
     if targets == ALL_LINEAR:
         heads = output_heads(model)
@@ -204,8 +205,30 @@ def _targets_of(
         raise TargetError(
             f"target_modules entry {entry!r} matches only modules that cannot be adapted: "
             f"{', '.join(found)} (first: {hits[0].fqn}: {reasons[id(hits[0].module)]})"
+            f"{_below(hits, reasons)}"
         )
     return adaptable
+
+
+def _excluded_by(
+    entry: str, everything: list[Candidate], reasons: dict[int, str | None]
+) -> set[int]:
+    hits = _matching(entry, everything, "exclude_modules")
+    keys = {id(c.module) for c in hits}
+    if all(reasons[key] for key in keys) and (below := _below(hits, reasons)):
+        raise TargetError(
+            f"exclude_modules entry {entry!r} matches {hits[0].fqn}, which is no linear itself, so "
+            f"it would exclude nothing{below}"
+        )
+    return keys
+
+
+def _below(hits: list[Candidate], reasons: dict[int, str | None]) -> str:
+    """How to name the linears below what an entry matches; empty where there are none."""
+    for hit in hits:
+        if any(reasons.get(id(m), "") is None for m in hit.module.modules()):
+            return f"; the linears below it are {hit.fqn + '.*'!r}"
+    return ""
 
 
 def _matching(
@@ -218,26 +241,32 @@ def _matching(
     pool = everything if linears is None else linears
     kind = "modules" if linears is None else "linears"
     raise TargetError(
-        f"{field} entry {entry!r} matches none of the {len(pool)} {kind}"
-        f"{_did_you_mean(entry, pool)}"
+        f"{field} entry {entry!r} matches none of the {len(pool)} {kind}{did_you_mean(entry, pool)}"
     )
 
 
-def _did_you_mean(entry: str, pool: list[Candidate]) -> str:
+def did_you_mean(entry: str, pool: list[Candidate]) -> str:
+    """The end of an error message: the names nearest to an entry that matches none of `pool`."""
+    if re.fullmatch("all.?linears?", entry, re.IGNORECASE):
+        return f"; for every linear pass target_modules={ALL_LINEAR!r}, not in a list"
     plain = entry.removeprefix("re:").strip("*.^$")
     last = {c.fqn.rpartition(".")[2] for c in pool}
-    near = difflib.get_close_matches(plain.rpartition(".")[2], last, n=3, cutoff=0.5)
-    if not near:
-        near = difflib.get_close_matches(plain, [c.fqn for c in pool], n=3, cutoff=0.5)
+    near = _nearest(plain.rpartition(".")[2], last) or _nearest(plain, {c.fqn for c in pool})
     if near:
         return f"; did you mean {', '.join(repr(name) for name in near)}?"
     some = sorted(last)[:8]
     return f"; their names end in {', '.join(repr(name) for name in some)}"
 
 
+def _nearest(name: str, names: set[str]) -> list[str]:
+    by_lower = {known.lower(): known for known in sorted(names)}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
+    return [by_lower[lower] for lower in near]
+
+
 def _why_not(module: nn.Module, reason: str | None) -> str | None:
     """Why a module that looks like a linear is not adapted; None if it does not look like one."""
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear | TELinear):
         return reason
     if isinstance(module, nn.Embedding | nn.EmbeddingBag | _ConvNd):
         return None

@@ -12,7 +12,8 @@ import transformers
 from torch import nn
 
 from bridge.peft import LoRA, adapter_state_dict, disable_adapters, load_adapter, save_adapter
-from bridge.peft.formats.peft import read_adapter
+from bridge.peft.errors import AdapterFileError
+from bridge.peft.formats.peft import read_adapter, write_adapter
 from tests import models
 
 with warnings.catch_warnings():
@@ -218,6 +219,26 @@ def test_a_tied_head_saved_whole_is_untied_and_the_base_comes_back(tmp_path):
     assert torch.equal(ours.model.embed_tokens.weight, base.model.embed_tokens.weight)
     with disable_adapters(ours):
         assert torch.equal(run(ours, base), run(base, base))
+
+
+def test_an_adapted_head_of_pefts_loads_and_a_head_of_another_base_is_refused(tmp_path):
+    base = build("llama")
+    theirs = peft_of(base, target_modules=["q_proj", "lm_head"])
+    save_quietly(theirs, tmp_path / "theirs")
+    assert "lm_head.weight" in read_adapter(tmp_path / "theirs").whole  # the base's own
+    ours = load_adapter(copy.deepcopy(base), tmp_path / "theirs")
+    torch.testing.assert_close(run(ours, base), run(theirs, base), **TOLERANCE)
+    assert not ours.lm_head.weight.requires_grad
+    save_adapter(ours, tmp_path / "ours")
+    torch.testing.assert_close(
+        run(read_by_peft(base, tmp_path / "ours"), base), run(theirs, base), **TOLERANCE
+    )
+    write_adapter(read_adapter(tmp_path / "theirs"), tmp_path / "again")
+    load_adapter(copy.deepcopy(base).bfloat16(), tmp_path / "again")
+    base.lm_head.weight.data += 1
+    with pytest.raises(AdapterFileError, match="other values of it than the model"):
+        load_adapter(base, tmp_path / "theirs")
+    assert type(base.lm_head) is nn.Linear
 
 
 def test_every_combination_of_ranks_and_alphas_is_read_alike(tmp_path):

@@ -28,8 +28,9 @@ from bridge.peft.formats.side_file import check_side_file
 
 KEY_PREFIX = "base_model.model."
 _SUFFIXES = (".lora_A.weight", ".lora_B.weight")
-_BASE_BIAS = ".base_layer.bias"
-#: Saved by PEFT without a word in the config, when the vocabulary was resized.
+#: Where PEFT puts the base's own parameters of an adapted module.
+_BASE = ".base_layer."
+#: Saved by PEFT without a word in the config, when the vocabulary was resized or they are adapted.
 _EMBEDDINGS = frozenset(("embed_tokens", "lm_head", "wte", "shared", "word_embeddings"))
 MAX_NAME_LENGTH = 1_000
 
@@ -44,6 +45,7 @@ class AdapterFile:
             (out_features, rank).
         extra: `bridge_adapter.json`: what a PEFT config has no field for; empty without that file.
         whole: Tensors saved whole (`modules_to_save`, `bias`), by their name in the base model.
+            Beside an adapted output head PEFT also saves the base's weight of it.
     """
 
     config: dict[str, Any]
@@ -64,6 +66,11 @@ class AdapterFile:
     def _alphas(self) -> dict[str, float]:
         pattern, default = self.parsed.alpha_pattern, self.parsed.lora_alpha
         return {fqn: pattern.value(fqn, default) for fqn in self.tensors}
+
+    @property
+    def base_weights(self) -> set[str]:
+        """Names in `whole` that are weights of adapted modules: the base's own, not new ones."""
+        return self.whole.keys() & {f"{fqn}.weight" for fqn in self.tensors}
 
     def rank(self, fqn: str) -> int:
         """The rank of one module: that of its tensors."""
@@ -205,8 +212,8 @@ def _whole_tensors(
     """What is no A or B, by name in the base model; `AdapterFileError` if the config is silent."""
     whole: dict[str, Tensor] = {}
     for name, tensor in rest.items():
-        fqn = name.removesuffix(_BASE_BIAS)
-        name = f"{fqn}.bias" if fqn != name and fqn in adapted else name
+        fqn, found, last = name.rpartition(_BASE)
+        name = f"{fqn}.{last}" if found and fqn in adapted else name
         if not _is_declared(name, config):
             raise AdapterFileError(
                 f"{TENSORS_NAME} holds {name!r}, which is neither an A or B of a linear nor "
@@ -229,9 +236,8 @@ def _is_declared(name: str, config: PeftConfig) -> bool:
 
 
 def _whole_key(name: str, adapter: AdapterFile) -> str:
-    fqn = name.removesuffix(".bias")
-    adapted = fqn != name and fqn in adapter.tensors
-    return KEY_PREFIX + (fqn + _BASE_BIAS if adapted else name)
+    fqn, _, last = name.rpartition(".")
+    return KEY_PREFIX + (f"{fqn}{_BASE}{last}" if fqn in adapter.tensors else name)
 
 
 def _check_shapes(config: PeftConfig, fqn: str, a: Tensor, b: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bridge.peft.errors import AdapterError, AdapterFileError
@@ -78,6 +79,11 @@ def check_whole(adapter: AdapterFile, model: nn.Module, names: Mapping[str, nn.M
             )
         if parameters[name].is_meta:
             raise AdapterError(f"{name} is on the meta device; load the base weights first")
+        if name in adapter.base_weights and not _same_values(parameters[name], tensor):
+            raise AdapterFileError(
+                f"the file adapts {name} and holds other values of it than the model; load it into "
+                "the base that it was trained on, or copy the file's values into the model first"
+            )
     saved = adapter.parsed.modules_to_save
     for fqn, module in names.items():
         if fqn and fqn.endswith(saved):
@@ -87,6 +93,12 @@ def check_whole(adapter: AdapterFile, model: nn.Module, names: Mapping[str, nn.M
                     f"modules_to_save means {fqn}, and the file has no {missing[0]}; save the "
                     "adapter again"
                 )
+
+
+def _same_values(parameter: Tensor, saved: Tensor) -> bool:
+    """Whether two tensors are the same, one of them perhaps rounded to the other's dtype."""
+    own = parameter.detach().to(saved.device)
+    return torch.equal(own.to(saved.dtype), saved) or torch.equal(own, saved.to(own.dtype))
 
 
 def _check_can_be_saved(fqn: str, module: nn.Module, adapted: Collection[str]) -> None:

@@ -121,6 +121,11 @@ def _whole_tensors(adapters: Sequence[tuple[AdapterFile, float]]) -> dict[str, T
                 f"an adapter brings {next(iter(adapter.whole))} as a whole, which cannot be "
                 "weighted or summed; merge it alone, with weight 1"
             )
+        if names := sorted(adapter.base_weights):
+            raise AdapterError(
+                f"an adapter brings {names[0]} as a whole and an update of it; if it was trained "
+                "on this base, save it in PEFT with save_embedding_layers=False"
+            )
     return dict(adapters[0][0].whole)
 
 

@@ -60,6 +60,13 @@ def test_the_recipe_is_checked_once_at_construction(options, words):
         LoRA(**options)
 
 
+def test_a_recipe_does_not_follow_later_changes_of_the_callers_dicts():
+    ranks = {"q_proj": 2}
+    recipe = LoRA(rank_pattern=ranks)
+    ranks["q_proj"] = -5
+    assert recipe.rank_pattern == {"q_proj": 2}
+
+
 def test_the_recipe_is_frozen_and_keyword_only():
     with pytest.raises(AttributeError):
         LoRA().dim = 4

@@ -103,6 +103,8 @@ class LoRA:
         for name in ("rank_pattern", "alpha_pattern"):
             if not isinstance(pattern := getattr(self, name), Mapping):
                 raise AdapterError(f"{name} must map entries to numbers, got {pattern!r}")
+            # A copy: what the caller does with theirs later is not checked.
+            object.__setattr__(self, name, dict(pattern))
         for key, dim in self.rank_pattern.items():
             check_dim(dim, f"rank_pattern[{key!r}]")
         for key, alpha in self.alpha_pattern.items():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from bridge.peft import AdapterWrapper, LoRALinear
 
@@ -55,6 +56,15 @@ def test_a_base_checkpoint_loads_with_only_the_adapters_keys_missing(block):
     }
     assert incompatible.unexpected_keys == []
     assert torch.equal(block["fc"].to_wrap.weight, checkpoint["fc.weight"])
+
+
+def test_distributed_checkpoints_have_the_same_names_and_load(block):
+    state = get_model_state_dict(block)
+    assert state.keys() == block.state_dict().keys()
+    other = nn.ModuleDict({"fc": LoRALinear(nn.Linear(4, 3), Adapter())})
+    set_model_state_dict(other, state)
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(tensor, state[name])
 
 
 def test_missing_and_unexpected_keys_are_named_as_in_the_checkpoint(block):

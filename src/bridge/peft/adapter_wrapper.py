@@ -119,6 +119,12 @@ class AdapterWrapper(nn.Module):
             state_dict[f"{prefix}to_wrap.{key[len(prefix) :]}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    def _fqn_modifiers(self) -> dict[str, str]:
+        # How torch.distributed.checkpoint learns that `to_wrap` stands in no name of a checkpoint.
+        base = self.to_wrap
+        names = {*base._parameters, *base._buffers, *base._modules, "_extra_state"}
+        return dict.fromkeys(names, "to_wrap")
+
     def sharded_state_dict(
         self,
         prefix: str = "",

@@ -71,6 +71,7 @@ def test_wrong_words_are_one_line_with_where_to_look(arguments, said, capsys):
     [
         (OSError(errno.ENOSPC, "No space left on device", "out/x"), 2, "no space left on the disk"),
         (PermissionError(errno.EACCES, "denied", "out/x"), 2, "permission denied: out/x"),
+        (OSError(errno.EROFS, "read-only", "out/x"), 2, "read-only file system: out/x"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

@@ -58,6 +58,8 @@ def run(arguments: list[str]) -> int:
             )
         if isinstance(error, PermissionError):
             return _fail(f"permission denied{_of(error)}; pass a directory you may write to")
+        if error.errno == errno.EROFS:
+            return _fail(f"read-only file system{_of(error)}; pass a directory you may write to")
         raise
     except _Interrupted:
         return _fail("interrupted", code=130)

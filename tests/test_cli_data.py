@@ -37,6 +37,7 @@ def test_rows_are_read_in_order_with_their_lines(tmp_path):
     ("line", "said"),
     [
         (b"{'text': 1}", r":2 is not JSON \(.*column 2\); write one JSON object a line"),
+        (b'{"text": "cut",', r":2 is not JSON \(.*column 16\)"),
         (b'{"text": "\xff"}', ":2 is not UTF-8"),
         (b"[1]", ":2 is a JSON list, not an object"),
         (b"[" * 100_000, ":2 is n"),

@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 from collections import namedtuple
+from pathlib import Path
 
 import peft
 import pytest
@@ -238,7 +239,8 @@ def refused(capsys, output, *arguments) -> str:
         (["--model", "someone/absent"], "no model at someone/absent: neither a local directory"),
         (["--model", __file__], "is a file; pass the model's directory"),
         (["--data", "absent.jsonl"], "no data file"),
-        (["--eval-data", "absent.jsonl"], "no data file"),
+        (["--eval-data", "absent.jsonl"], "pass a JSONL file with --eval-data"),
+        (["--data", Path(__file__).parent], "is a directory; pass a JSONL file with --data"),
         (["--target-modules", "q_prj"], "'q_prj' matches none"),
         (["--max-length", "4"], "300 of 300 samples are longer than 4 tokens"),
         (["--max-length", "129"], "the model knows 128 positions; pass 128 or less"),
@@ -256,6 +258,7 @@ def refused(capsys, output, *arguments) -> str:
         (["--warmup", "-1"], "--warmup is -1.0; pass 0 or more"),
         (["--eval-share", "1"], "--eval-share is 1.0"),
         (["--seed", "-1"], "--seed is -1"),
+        (["--seed", 2**32], f"--seed is {2**32}; pass {2**32 - 1} or less"),
         (["--dim", "0"], "dim must be an integer >= 1"),
         (["--dropout", "1"], "dropout must be in [0, 1)"),
         (["--batch-size", "many"], "Invalid value for '--batch-size'"),

@@ -31,15 +31,21 @@ class Row:
     where: str
 
 
-def read_jsonl(path: str | Path) -> list[Row]:
+def read_jsonl(path: str | Path, flag: str = "--data") -> list[Row]:
     """Read one JSON object a line; blank lines are skipped.
+
+    Args:
+        path: the file.
+        flag: where the path was given; only for the message.
 
     Raises:
         AdapterError: no such file, not UTF-8, a line that is not a JSON object, or no rows at all.
     """
     path = Path(path)
+    if path.is_dir():
+        raise AdapterError(f"{path} is a directory; pass a JSONL file with {flag}")
     if not path.is_file():
-        raise AdapterError(f"no data file {path}; pass a JSONL file with --data")
+        raise AdapterError(f"no data file {path}; pass a JSONL file with {flag}")
     rows: list[Row] = []
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -83,7 +89,8 @@ def shape_of(rows: Sequence[Row]) -> Shape:
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
-        value = json.loads(line.decode("utf-8-sig"))
+        # without the line's end, after which an error would be counted as in column 1
+        value = json.loads(line.decode("utf-8-sig").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         raise AdapterError(
             f"{where} is not UTF-8 ({error.reason}); save the file as UTF-8"

@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args
 
 from bridge.peft.errors import AdapterError
 
+MAX_SEED = 2**32 - 1  # the most that NumPy's generator, which transformers seeds too, takes
+
 Schedule = Literal["cosine", "linear", "constant"]
 BaseDtype = Literal["float32", "bfloat16", "float16"]
 OnLong = Literal["error", "drop", "truncate"]
@@ -92,6 +94,8 @@ class TrainingOptions:
         _at_least_one(self, "steps", "eval_every", "save_every", "log_every")
         if self.max_length is not None and self.max_length < 2:
             raise AdapterError(f"--max-length is {self.max_length}; pass at least 2 tokens")
+        if self.seed > MAX_SEED:
+            raise AdapterError(f"--seed is {self.seed}; pass {MAX_SEED} or less")
         if not 0 <= self.eval_share < 1:
             raise AdapterError(f"--eval-share is {self.eval_share}; pass 0 or more, below 1")
         for name in ("schedule", "on_long", "dtype"):

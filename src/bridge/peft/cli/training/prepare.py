@@ -130,7 +130,8 @@ def _rows(spec: RunSpec) -> tuple[list[Row], list[Row]]:
         train = word_examples("train", DEMO_EXAMPLES["train"])
         held_out = word_examples("held_out", DEMO_EXAMPLES["held_out"])
         return rows_of(train, "demo"), rows_of(held_out, "demo, held out")
-    return read_jsonl(spec.data), read_jsonl(spec.eval_data) if spec.eval_data else []
+    evaluation = read_jsonl(spec.eval_data, "--eval-data") if spec.eval_data else []
+    return read_jsonl(spec.data), evaluation
 
 
 def _max_length(options: TrainingOptions, config: PreTrainedConfig) -> int:

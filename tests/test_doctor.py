@@ -186,3 +186,13 @@ def test_the_command_prints_a_table_or_json_and_answers_by_its_exit_code(trained
     capsys.readouterr()
     assert main(["doctor"]) == 2 and "nothing to check" in capsys.readouterr().err
     assert main(["doctor", "--adapter", str(tmp_path / "none")]) == 2
+
+
+def test_the_command_says_once_that_the_base_is_another(trained, tmp_path, capsys, recwarn):
+    save_adapter(trained, tmp_path / "adapter")
+    torch.manual_seed(1)
+    models.llama().save_pretrained(tmp_path / "base")
+    arguments = ["--adapter", str(tmp_path / "adapter"), "--model", str(tmp_path / "base")]
+    assert main(["doctor", *arguments]) == 0
+    assert "WARN  fingerprint of the base" in capsys.readouterr().out
+    assert not [warning for warning in recwarn if "base model" in str(warning.message)]

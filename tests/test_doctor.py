@@ -70,6 +70,20 @@ def poison(model):
     model.model.layers[1].mlp.up_proj.lora_a.weight.data[0, 0] = float("nan")
 
 
+def poison_the_base(model):
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("inf")
+
+
+def to_meta(model):
+    model.to("meta")
+
+
+def switch_off(model):
+    for module in model.modules():
+        if hasattr(module, "adapter_enabled"):
+            module.adapter_enabled = False
+
+
 def freeze_a(model):
     model.model.layers[1].mlp.up_proj.lora_a.weight.requires_grad_(False)
 
@@ -121,6 +135,9 @@ def rank_one(model):
         (other_dtype, "dtypes", "fail", "1 of 14"),
         (half, "dtypes", "warn", "float16"),
         (tiny_update_in_bf16, "merge forecast", "warn", "more than half"),
+        (poison_the_base, "NaN and inf in the base", "fail", "1 of 14 .first: model.layers.1"),
+        (to_meta, "state", "fail", "on the meta device, without values: 14 of 14"),
+        (switch_off, "state", "warn", "switched off: 14 of 14"),
         (rank_one, "rank used", "warn", "25% of the rank"),
     ],
 )
@@ -196,3 +213,17 @@ def test_the_command_says_once_that_the_base_is_another(trained, tmp_path, capsy
     assert main(["doctor", *arguments]) == 0
     assert "WARN  fingerprint of the base" in capsys.readouterr().out
     assert not [warning for warning in recwarn if "base model" in str(warning.message)]
+
+
+@pytest.mark.parametrize("harm", [poison, poison_the_base])
+def test_nan_is_told_once_and_not_as_the_fault_of_what_computes_with_it(trained, harm):
+    harm(trained)
+    report = doctor(trained)
+    assert [check.status for check in report.checks].count("fail") == 1
+    assert report["forward and backward"].status == "skip"
+
+
+def test_a_model_that_fails_on_its_own_sample_is_no_crash(trained):
+    trained.model.embed_tokens.forward = lambda ids: ids.no_such_attribute
+    check = doctor(trained)["forward and backward of the model"]
+    assert check.status == "skip" and "no_such_attribute" in check.detail

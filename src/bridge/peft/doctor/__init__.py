@@ -10,7 +10,7 @@ from torch import nn
 
 from bridge.peft.branch import TRAINABLE_DTYPES
 from bridge.peft.doctor.model_checks import model_checks
-from bridge.peft.doctor.report import Check, DoctorReport
+from bridge.peft.doctor.report import Check, DoctorReport, some
 from bridge.peft.doctor.tensor_checks import tensor_checks
 from bridge.peft.errors import AdapterError
 from bridge.peft.formats.describe import base_modules
@@ -19,6 +19,7 @@ from bridge.peft.formats.fit import plan_load
 from bridge.peft.formats.peft import AdapterFile, load_adapter, read_adapter
 from bridge.peft.lora import LoRA
 from bridge.peft.lora_mixin import LoRAMixin
+from bridge.peft.merging import base_weight
 from bridge.peft.module_matcher import adapted_modules, unwrap
 
 __all__ = ["Check", "DoctorReport", "doctor"]
@@ -102,10 +103,20 @@ def _model_checks(model: nn.Module, adapter: str | Path | None) -> list[Check]:
         checks.append(Check("wrapped modules", "skip", detail))
     if not layers:
         return checks
+    if empty := [fqn for fqn, layer in layers.items() if _is_meta(layer)]:
+        detail = f"on the meta device, without values: {some(empty, len(layers))}"
+        return [*checks, Check("state", "fail", detail, "load the weights first")]
     if adapter is None:
         pairs = {f: (m.lora_a.weight.detach(), m.lora_b.weight.detach()) for f, m in layers.items()}
         checks += tensor_checks(pairs)
+        if any(check.status == "fail" for check in checks):
+            # NaN in A or B would fail the checks that compute, each with a mend of its own
+            return [*checks, Check("forward and backward", "skip", "the values are not finite")]
     return checks + model_checks(model, layers)
+
+
+def _is_meta(layer: LoRAMixin) -> bool:
+    return any(p.is_meta for p in (base_weight(layer), *layer.adapter_parameters().values()))
 
 
 def _lora_dtype(model: nn.Module) -> torch.dtype | None:

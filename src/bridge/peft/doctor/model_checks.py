@@ -21,6 +21,7 @@ from bridge.peft.errors import AdapterError
 from bridge.peft.formats.peft import read_adapter, save_adapter
 from bridge.peft.lora import adapter_state_dict
 from bridge.peft.lora_mixin import LoRAMixin
+from bridge.peft.merge_math import all_finite
 from bridge.peft.merge_report import LOST
 from bridge.peft.merging import base_weight, disable_adapters, merge_weight
 from bridge.peft.orientation import features
@@ -39,9 +40,12 @@ def model_checks(model: nn.Module, layers: Layers) -> list[Check]:
     if merged := [fqn for fqn, layer in layers.items() if layer.merged]:
         mend = "unmerge(model) first"
         return [Check("state", "warn", f"merged: {some(merged, len(layers))}", mend)]
-    checks = [_frozen(model, layers), _dtypes(layers), _devices(layers)]
-    if any(check.name in ("dtypes", "devices") and check.status == "fail" for check in checks):
-        return [*checks, Check("forward and backward", "skip", "dtypes or devices do not agree")]
+    if off := [fqn for fqn, layer in layers.items() if not layer.adapter_enabled]:
+        mend = "leave disable_adapters first"
+        return [Check("state", "warn", f"switched off: {some(off, len(layers))}", mend)]
+    checks = [_frozen(model, layers), _dtypes(layers), _devices(layers), _finite_base(layers)]
+    if failed := [check.name for check in checks[1:] if check.status == "fail"]:
+        return [*checks, Check("forward and backward", "skip", f"see {' and '.join(failed)}")]
     with _left_as_it_was(model):
         model.eval()
         checks += [_no_op(layers), _gradients(layers), _whole_model(model, layers)]
@@ -117,6 +121,17 @@ def _devices(layers: Layers) -> Check:
     return Check(name, "pass", f"A and B beside the base on {', '.join(kinds)}")
 
 
+def _finite_base(layers: Layers) -> Check:
+    name = "NaN and inf in the base"
+    plain = {f: base_weight(m) for f, m in layers.items() if _is_plain(base_weight(m))}
+    if bad := [fqn for fqn, weight in plain.items() if not all_finite(weight)]:
+        mend = "download or load the base model again"
+        return Check(name, "fail", f"not finite in {some(bad, len(plain))}", mend)
+    if not plain:
+        return Check(name, "skip", "the base is quantised or sharded")
+    return Check(name, "pass", f"all weights of {len(plain)} modules are finite")
+
+
 def _no_op(layers: Layers) -> Check:
     name = "no-op at the start"
     differ: list[str] = []
@@ -166,7 +181,8 @@ def _whole_model(model: nn.Module, layers: Layers) -> Check:
         with torch.enable_grad(), _b_set_to(layers, "random"):
             loss = _first(model(**inputs)).float().square().mean()
             gradients = torch.autograd.grad(loss, weights, allow_unused=True) if weights else ()
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+    except Exception as error:
+        # a model's forward fails in ways of its own on a sample not meant for it
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return Check(name, "skip", f"it does not run on its sample inputs: {reason:.80}")
     if not torch.equal(with_branches, base):
@@ -217,10 +233,14 @@ def _merge_forecast(layers: Layers) -> Check:
 
 
 def _is_mergeable(layer: LoRAMixin) -> bool:
-    weight = base_weight(layer)
-    plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype in TRAINABLE_DTYPES
-    finite = all(bool(torch.isfinite(p).all()) for p in _ab(layer)) if plain else False
-    return plain and not weight.is_meta and finite
+    plain = _is_plain(base_weight(layer))
+    return plain and all(bool(torch.isfinite(p).all()) for p in _ab(layer))
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Whether the weight is an ordinary tensor, not quantised, sharded or on `meta`."""
+    kind = type(weight) in (Tensor, nn.Parameter) and weight.dtype in TRAINABLE_DTYPES
+    return kind and not weight.is_meta
 
 
 def _ab(layer: LoRAMixin) -> tuple[nn.Parameter, nn.Parameter]:

@@ -153,3 +153,8 @@ def test_report_names_the_module_that_lost_most():
     assert text.endswith("least energy kept: 80.0000% in layer.q")
     assert "least" not in str(resize(one_module(a, b), 2)[1])
     assert report.to_dict()["rows"][0]["dim"] == 1
+
+
+def test_a_rank_that_no_file_may_have_is_refused_at_once():
+    with pytest.raises(AdapterError, match="rank is 1000000000000, and 65536 is the largest"):
+        resize(one_module(*matrices(4, 4, 2)), 10**12)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from bridge.peft.branch import check_dim
+from bridge.peft.errors import AdapterError
 from bridge.peft.formats.low_rank import truncated
 from bridge.peft.formats.peft import AdapterFile
-from bridge.peft.formats.peft_config import scale_of
+from bridge.peft.formats.peft_config import MAX_RANK, scale_of
 from bridge.peft.formats.peft_targets import most_common_and_exceptions
 from bridge.peft.formats.side_file import branch_settings
 from bridge.peft.initializers import derive_seed, initialize
@@ -84,13 +85,15 @@ def resize(adapter: AdapterFile, dim: int, *, seed: int = 0) -> tuple[AdapterFil
         The new adapter and a report with a row per module.
 
     Raises:
-        AdapterError: `dim` is no integer of at least 1.
+        AdapterError: `dim` is no integer of at least 1, or more than a file may ask for.
 
     Example:
         >>> smaller, report = resize(read_adapter("adapter"), 8)
         >>> write_adapter(smaller, "adapter-8")
     """
     check_dim(dim, "rank")
+    if dim > MAX_RANK:
+        raise AdapterError(f"rank is {dim}, and {MAX_RANK} is the largest that an adapter file has")
     tensors: dict[str, tuple[Tensor, Tensor]] = {}
     rows: list[ResizeRow] = []
     for fqn, (a, b) in adapter.tensors.items():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bridge.peft.errors import AdapterError, AdapterFileError
+from bridge.peft.formats.adapter_file import AdapterFile
 from bridge.peft.formats.layout import AttentionLayout
 from bridge.peft.formats.megatron import from_megatron, to_megatron
 from tests.formats_llama import ALL, LAYOUT, adapted, base, file_of, updates, with_shared_a
@@ -258,3 +259,47 @@ def test_damaged_megatron_files_are_refused(damage):
 def test_side_files_of_wrong_types_are_refused(side):
     with pytest.raises(AdapterFileError):
         from_megatron(fused_file(), side, LAYOUT, alpha=10)
+
+
+def parts(**pairs):
+    """An adapter of one layer's linears, from A and B by the end of their names; scale 1."""
+    tensors = {f"model.layers.0.{name.replace('__', '.')}": ab for name, ab in pairs.items()}
+    rank = {a.shape[0] for a, _ in tensors.values()}.pop()
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank}
+    return AdapterFile(config=config | {"target_modules": sorted(tensors)}, tensors=tensors)
+
+
+@pytest.mark.parametrize("shapes", [((2, 32), (2, 24), 48, 48), ((2, 32), (2, 32), 48, 40)])
+def test_parts_that_do_not_make_one_linear_are_refused(shapes):
+    gate, up, rows, other_rows = shapes
+    adapter = parts(
+        mlp__gate_proj=(torch.randn(gate), torch.randn(rows, 2)),
+        mlp__up_proj=(torch.randn(up), torch.randn(other_rows, 2)),
+    )
+    with pytest.raises(AdapterError, match="do not make one linear .gate_proj 48×32, up_proj"):
+        to_megatron(adapter, LAYOUT)
+
+
+def test_parts_of_different_dtypes_are_fused_without_loss():
+    pairs = [(torch.randn(2, 32), torch.randn(48, 2)) for _ in range(2)]
+    gate = tuple(tensor.to(torch.bfloat16) for tensor in pairs[0])
+    converted = to_megatron(parts(mlp__gate_proj=gate, mlp__up_proj=pairs[1]), LAYOUT)
+    (update,) = megatron_updates(converted).values()
+    exact = [b.double() @ a.double() for a, b in (gate, pairs[1])]
+    torch.testing.assert_close(update, torch.cat(exact), **CLOSE)
+
+
+def test_a_scale_that_b_cannot_take_in_its_dtype_is_refused():
+    model = adapted(lora_dtype=torch.float16, alpha=3, alpha_pattern={"q_proj": 3 * 2.0**20})
+    with pytest.raises(AdapterError, match="q_proj: B times .* overflows torch.float16"):
+        to_megatron(file_of(model), LAYOUT)
+    model = adapted(lora_dtype=torch.float16, alpha=3, alpha_pattern={"q_proj": 3 * 2.0**-20})
+    with pytest.raises(AdapterError, match="q_proj: B times .* underflows torch.float16"):
+        to_megatron(file_of(model), LAYOUT)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "[" * 100_000])
+def test_a_model_config_of_no_use_is_told(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(AdapterError, match="pass a model's directory"):
+        AttentionLayout.of_model(tmp_path)

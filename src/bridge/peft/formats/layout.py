@@ -90,8 +90,10 @@ class AttentionLayout:
         path = directory / "config.json"
         try:
             config = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise AdapterError(f"cannot read {path}: {error}; pass a model's directory") from error
+        if not isinstance(config, dict):
+            raise AdapterError(f"{path} holds a {type(config).__name__}; pass a model's directory")
         return cls.of_config(config, str(path))
 
     @classmethod

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ def to_megatron(
     steps: list[Step] = []
     for name, group in groups.items():
         pairs, factors = _one_scale(adapter, group, scale, exact=rank is None)
+        pairs = _alike(name, pairs)
         exact, columns, how = _fuse(name, pairs, layout)
         pair, error = exact, 0.0
         if rank is not None and exact[0].shape[0] > rank:
@@ -137,8 +139,32 @@ def _one_scale(
                 "adapter has one; pass --rank to allow rounding"
             )
         factors[part] = factor
-        pairs[part] = (a, b if factor == 1 else (b.double() * factor).to(b.dtype))
+        scaled = b.double() * factor
+        pairs[part] = (a, b if factor == 1 else scaled.to(b.dtype))
+        if not torch.isfinite(pairs[part][1]).all():
+            raise AdapterError(
+                f"{fqn}: B times {factor:g} overflows {b.dtype}; save the adapter in float32"
+            )
+        if exact and not torch.equal(pairs[part][1].double(), scaled):
+            raise AdapterError(
+                f"{fqn}: B times {factor:g} underflows {b.dtype}; save the adapter in float32, or "
+                "pass --rank to allow rounding"
+            )
     return pairs, factors
+
+
+def _alike(name: str, pairs: Mapping[str, Pair]) -> dict[str, Pair]:
+    """The parts of a fused linear, all A in the widest dtype of them, all B likewise."""
+    widths = {a.shape[1] for a, _ in pairs.values()}
+    heights = {b.shape[0] for part, (_, b) in pairs.items() if part in ("gate_proj", "up_proj")}
+    if len(widths) > 1 or len(heights) > 1:
+        shapes = ", ".join(f"{p} {b.shape[0]}×{a.shape[1]}" for p, (a, b) in pairs.items())
+        raise AdapterError(
+            f"{name}: its parts do not make one linear ({shapes}); save the adapter again"
+        )
+    dtype_a = reduce(torch.promote_types, (a.dtype for a, _ in pairs.values()))
+    dtype_b = reduce(torch.promote_types, (b.dtype for _, b in pairs.values()))
+    return {part: (a.to(dtype_a), b.to(dtype_b)) for part, (a, b) in pairs.items()}
 
 
 def _is_power_of_two(factor: float) -> bool:

@@ -24,6 +24,7 @@ from bridge.peft import (
     save_adapter,
 )
 from bridge.peft.errors import AlreadyAdaptedError
+from bridge.peft.formats.convert import convert_adapter
 from bridge.peft.formats.peft import read_adapter
 from bridge.peft.formats.safetensors_file import serialize
 from tests import models
@@ -509,3 +510,23 @@ def test_a_saved_parameter_on_meta_is_refused(directory):
     model["third"] = nn.Linear(3, 2, bias=False, device="meta")
     with pytest.raises(AdapterError, match=r"third.weight is on the meta device"):
         load_adapter(model, directory)
+
+
+@pytest.mark.parametrize("make", [lambda p: p.symlink_to("nothing"), lambda p: p.mkdir()])
+def test_a_side_file_that_cannot_be_read_is_not_taken_for_none(directory, tmp_path, make):
+    (directory / SIDE).unlink()
+    make(directory / SIDE)
+    refused(directory, f"{SIDE}")
+    (directory / CONFIG).unlink()
+    with pytest.raises(AdapterError, match=SIDE):
+        convert_adapter(directory, "peft", tmp_path / "out", alpha=4)
+
+
+def test_paths_that_the_system_refuses_are_told(directory, tmp_path):
+    path = tmp_path / ("x" * 300)
+    refused(path, "cannot read .*File name too long; pass a path that can be read")
+    for source, output in ((path, tmp_path / "out"), (directory, path)):
+        with pytest.raises(AdapterError, match="File name too long"):
+            convert_adapter(source, "peft", output)
+    with pytest.raises(AdapterError, match="cannot write .*File name too long"):
+        save_adapter(LoRA()(tiny_model()), path)

@@ -388,6 +388,7 @@ def cut(path, size):
         ({"weight_map": {"a": "x.bin"}}, "no safetensors file beside it"),
         ({"weight_map": {"a": 3}}, "no safetensors file beside it"),
         ({"weight_map": {"a": "x.safetensors"}}, "x.safetensors is missing"),
+        ({"weight_map": {"a": "x.safetensors"}, "metadata": "x"}, "metadata that is no object"),
     ],
 )
 def test_damaged_indexes_are_refused(index, words, tmp_path):
@@ -412,6 +413,7 @@ def test_an_index_that_contradicts_the_files_is_refused(tmp_path):
         run(files)
 
 
+_A = b'"a":{"dtype":"U8","shape":[8],"data_offsets":[0,8]}}'
 HEADERS = {
     "not JSON": b"{",
     "a list": b"[]",
@@ -420,6 +422,9 @@ HEADERS = {
     "a gap": b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
     "wrong size": b'{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}',
     "bytes left": b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+    "metadata that is no object": b'{"__metadata__":3,' + _A,
+    "metadata that is no text": b'{"__metadata__":{"a":1},' + _A,
+    "a key twice": b'{"a":3,' + _A,
     "no file at all": None,
     "10 GB of header": (10**10).to_bytes(8, "little") + b"{}",
 }
@@ -431,7 +436,7 @@ def test_damaged_headers_are_refused(name, tmp_path):
     path, header = files.base / "model.safetensors", HEADERS[name]
     if header is None:
         header = b""
-    elif len(header) < 80 and not header.startswith(bytes(1)) and "GB" not in name:
+    elif len(header) < 90 and not header.startswith(bytes(1)) and "GB" not in name:
         header = len(header).to_bytes(8, "little") + header + bytes(8)
     path.write_bytes(header)
     with pytest.raises(AdapterError, match="is damaged"):
@@ -730,3 +735,14 @@ def test_memory_stays_below_one_and_a_half_times_the_largest_file(tmp_path):
     )
     assert int(done.stdout) <= 1.5 * weight.nbytes
     assert len(tensors(tmp_path / "out")) == 2
+
+
+def test_paths_that_the_system_refuses_are_told(tmp_path):
+    files, long = case(tmp_path), "x" * 300
+    with pytest.raises(AdapterError, match="cannot read .*x: File name too long"):
+        merge_directory(tmp_path / long, [(files.adapter, 1.0)], files.out)
+    with pytest.raises(AdapterError, match="cannot read .*File name too long"):
+        merge_directory(files.base, [(tmp_path / long, 1.0)], files.out)
+    with pytest.raises(AdapterError, match="cannot write to .*File name too long"):
+        merge_directory(files.base, [(files.adapter, 1.0)], tmp_path / long)
+    assert not files.out.exists()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,25 @@ CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 EXTRA_NAME = "bridge_adapter.json"
 _MAX_JSON_BYTES = 16_000_000
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Within the context, what the system has against reading is an `AdapterFileError`.
+
+    Args:
+        path: What is read, or the directory of it.
+
+    Raises:
+        AdapterFileError: No permission, a name that is too long, a disk that fails.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise AdapterFileError(
+            f"cannot read {error.filename or path}: {error.strerror or error}; pass a path that "
+            "can be read"
+        ) from error
 
 
 def checked_path(directory: Path, name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from bridge.peft.formats.adapter_directory import (
     checked_path,
     json_bytes,
     read_json,
+    reading,
 )
 from bridge.peft.formats.atomic import COMMITTED, current_path, write_files
 from bridge.peft.formats.peft_config import PeftConfig, parse_config, scale_of
@@ -94,7 +96,11 @@ def read_adapter(directory: str | Path) -> AdapterFile:
     Raises:
         AdapterFileError: Something is missing, damaged, contradictory or cannot be honoured.
     """
-    directory = Path(directory)
+    with reading(Path(directory)):
+        return _read_adapter(Path(directory))
+
+
+def _read_adapter(directory: Path) -> AdapterFile:
     if not directory.is_dir():
         raise AdapterFileError(
             f"{directory} is no adapter directory; pass one that holds {CONFIG_NAME}"
@@ -106,9 +112,10 @@ def read_adapter(directory: str | Path) -> AdapterFile:
         warnings.warn(
             f"a save into {directory} was interrupted; its files in {COMMITTED} are read, and the "
             "next save puts them in their places",
-            stacklevel=2,
+            stacklevel=3,
         )
-    if current_path(directory, EXTRA_NAME).is_file():
+    # a link to nothing or a directory in its place is an error, not a file that is not there
+    if os.path.lexists(current_path(directory, EXTRA_NAME)):
         extra = read_json(checked_path(directory, EXTRA_NAME))
     tensors, whole = split_keys(read_tensors(checked_path(directory, TENSORS_NAME)), parsed)
     adapter = AdapterFile(config=config, tensors=tensors, extra=extra, whole=whole)

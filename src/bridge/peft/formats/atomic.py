@@ -36,8 +36,9 @@ def write_files(directory: Path, files: Mapping[str, bytes | memoryview]) -> Non
     Raises:
         AdapterFileError: The directory cannot be written to; what it held is still there.
     """
-    created = not directory.exists()
+    created = False
     try:
+        created = not directory.exists()
         directory.mkdir(parents=True, exist_ok=True)
         finish_commit(directory)
         _remove_stale_staging(directory)

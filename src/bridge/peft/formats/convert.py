@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from bridge.peft.formats.adapter_directory import (
     checked_path,
     json_bytes,
     read_json,
+    reading,
 )
 from bridge.peft.formats.adapter_file import (
     KEY_PREFIX,
@@ -23,7 +25,7 @@ from bridge.peft.formats.adapter_file import (
     read_adapter,
     write_adapter,
 )
-from bridge.peft.formats.atomic import write_files
+from bridge.peft.formats.atomic import current_path, write_files
 from bridge.peft.formats.converted import Converted, Step
 from bridge.peft.formats.layout import AttentionLayout
 from bridge.peft.formats.megatron import from_megatron, to_megatron
@@ -85,9 +87,12 @@ def convert_adapter(
         raise AdapterError(f"cannot write {target!r}; pass one of {', '.join(TARGETS)}")
     if rank is not None and (target != "megatron" or rank < 1):
         raise AdapterError(f"rank={rank}: only Megatron's fused modules are approximated, to >= 1")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    with reading(output):
+        taken = os.path.lexists(output) and (not output.is_dir() or any(output.iterdir()))
+    if taken:
         raise AdapterError(f"{output} is there and not empty; pass a new directory as the output")
-    source, adapter, steps, layout = _read(path, layout, alpha)
+    with reading(path):
+        source, adapter, steps, layout = _read(path, layout, alpha)
     if target == "peft":
         write_adapter(adapter, output)
         return Conversion(source=source, target=target, steps=steps)
@@ -176,7 +181,7 @@ def _find_file(path: Path) -> Path:
 
 
 def _read_side(file: Path) -> Mapping[str, Any]:
-    if not (file.parent / EXTRA_NAME).exists():
+    if not os.path.lexists(current_path(file.parent, EXTRA_NAME)):
         return {}
     return read_json(checked_path(file.parent, EXTRA_NAME))
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bridge.peft.errors import AdapterError
+from bridge.peft.formats.adapter_directory import no_duplicates
 
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
@@ -154,8 +155,8 @@ def read_shard(path: Path) -> Shard:
             raise _damaged(path, f"its header claims {length:,} of {size:,} bytes")
         raw = file.read(length)
     try:
-        header = json.loads(raw)
-        metadata = header.pop("__metadata__", {})
+        header = json.loads(raw, object_pairs_hook=no_duplicates)
+        metadata = _metadata(header.pop("__metadata__", {}))
         entries = sorted((_entry(*item) for item in header.items()), key=lambda e: (e.start, e.end))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _damaged(path, f"its header cannot be read ({error})") from error
@@ -192,6 +193,13 @@ def header_bytes(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes
     return len(text).to_bytes(8, "little") + text
 
 
+def _metadata(value: Any) -> dict[str, str]:
+    match value:
+        case dict() if all(isinstance(text, str) for text in value.values()):
+            return value
+    raise ValueError(f"its metadata is {value!r:.80}, no object of texts")
+
+
 def _entry(name: str, value: dict[str, Any]) -> Entry:
     start, end = value["data_offsets"]
     shape = tuple(value["shape"])
@@ -217,6 +225,8 @@ def _read_index(directory: Path) -> dict[str, Any]:
     names = index.get("weight_map")
     if not isinstance(names, dict) or not names:
         raise AdapterError(f"{path} has no weight_map; download the model again")
+    if not isinstance(index.get("metadata") or {}, dict):
+        raise AdapterError(f"{path} has a metadata that is no object; download the model again")
     for name in names.values():
         if not isinstance(name, str) or Path(name).name != name or Path(name).suffix in _PICKLES:
             raise AdapterError(f"{path} names {name!r}, which is no safetensors file beside it")

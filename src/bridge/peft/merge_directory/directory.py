@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from bridge.peft.errors import AdapterError
+from bridge.peft.formats.adapter_directory import reading
 from bridge.peft.formats.peft import read_adapter
 from bridge.peft.merge_directory.base_check import other_bases
 from bridge.peft.merge_directory.checkpoint import (
@@ -77,7 +78,8 @@ def merge_directory(
         raise AdapterError(f"a model is written in {names}; got {dtype}")
     if not adapters:
         raise AdapterError("no adapter to merge; pass the directory of at least one")
-    checkpoint = read_checkpoint(model)
+    with reading(model):
+        checkpoint = read_checkpoint(model)
     if os.path.lexists(output) and not _is_empty(output):
         raise AdapterError(f"{output} exists; pass a directory that does not")
     loaded = [(read_adapter(path), weight) for path, weight in adapters]
@@ -138,11 +140,13 @@ def _lay_out(
 def _open_part(part: Path, job: str) -> Journal:
     """The directory to write to, with what an interrupted merge of the same inputs left there."""
     journal = Journal.open(part, job)
-    if part.is_dir() and not journal.done:
-        if next(part.iterdir(), None) is not None and not (part / JOURNAL_NAME).is_file():
-            raise AdapterError(f"{part} is in the way; delete it or pass another output directory")
-        shutil.rmtree(part)
     try:
+        if part.is_dir() and not journal.done:
+            if next(part.iterdir(), None) is not None and not (part / JOURNAL_NAME).is_file():
+                raise AdapterError(
+                    f"{part} is in the way; delete it or pass another output directory"
+                )
+            shutil.rmtree(part)
         part.mkdir(parents=True, exist_ok=True)
         journal.save()
     except OSError as error:

@@ -116,3 +116,12 @@ def test_half_pairs_are_refused():
     del tensors["layers.0.attn.q_proj.lora_a.weight"]
     with pytest.raises(AdapterFileError, match="do not make a pair"):
         from_torchtune(tensors, {}, LAYOUT, alpha=6)
+
+
+@pytest.mark.parametrize("half", ["a", "b"])
+def test_matrices_without_values_are_refused(half):
+    tensors = dict(to_torchtune(file_of(adapted()), LAYOUT).tensors)
+    key = f"layers.0.attn.q_proj.lora_{half}.weight"
+    tensors[key] = tensors[key][:0] if half == "a" else tensors[key][:, :0]
+    with pytest.raises(AdapterFileError, match="is no matrix"):
+        from_torchtune(tensors, {}, LAYOUT, alpha=6)

@@ -115,7 +115,7 @@ def from_torchtune(
             raise AdapterFileError(
                 f"{key[:80]!r} is no key of a torchtune adapter of a Llama type model; remove it"
             )
-        if tensor.dim() != 2:
+        if tensor.dim() != 2 or not tensor.numel():
             raise AdapterFileError(f"{key[:80]!r} is no matrix; save the adapter again")
         fqn = f"{prefix}layers.{match['layer']}.{_BACK[name]}" if match["layer"] else _HEAD[0]
         permuted = name in _ROTARY and layout.interleaved

@@ -21,7 +21,8 @@ class MergeRow:
 
     Attributes:
         fqn: Fully qualified name.
-        max_error: Largest absolute difference between the stored weight and the exact sum.
+        max_error: Largest absolute difference between the stored weight and the sum of base
+            weight and update, the update as it was computed.
         mean_error: Mean of that difference.
         unchanged: Share of the weights that the update did not change, of those it should have.
         relative_update: Frobenius norm of the update over that of the base weight.

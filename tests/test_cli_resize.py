@@ -51,3 +51,16 @@ def test_each_mistake_is_one_line_and_nothing_is_written(adapter, tmp_path, caps
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == 1
     assert not (tmp_path / "x").exists()
+
+
+def test_paths_that_the_system_refuses_are_one_line(adapter, tmp_path, capsys):
+    long = tmp_path / ("x" * 300)
+    commands = (
+        ["resize", adapter, "--rank", 2, "--output", long],
+        ["doctor", "--adapter", long],
+        ["merge", "--model", tmp_path, "--adapter", f"{long}:0.5", "--output", tmp_path / "out"],
+    )
+    for command in commands:
+        assert main([str(word) for word in command]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1

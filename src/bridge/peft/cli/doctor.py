@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -30,7 +31,7 @@ def command(
     """
     if adapter is None and model is None:
         raise AdapterError("nothing to check; pass --adapter DIR, --model DIR_OR_HUB_ID, or both")
-    if adapter is not None and not adapter.is_dir():
+    if adapter is not None and not os.path.isdir(adapter):
         raise AdapterError(f"no such adapter directory: {adapter}")
     base = None
     if model is not None:

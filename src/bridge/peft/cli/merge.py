@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -93,7 +94,7 @@ def parse_adapter(word: str) -> tuple[Path, float]:
         weight = float(number) if colon and directory else None
     except ValueError:
         weight = None  # a colon in the directory's name
-    if weight is None or Path(word).is_dir():
+    if weight is None or os.path.isdir(word):
         return Path(word), 1.0
     if not math.isfinite(weight):
         raise AdapterError(f"the weight in {word!r} must be finite; write e.g. {directory}:0.5")

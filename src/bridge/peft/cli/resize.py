@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -31,7 +32,7 @@ def command(
     Example: bridge-peft resize runs/demo --rank 4 --output runs/demo-4
     """
     resized, report = resize(read_adapter(adapter), rank)
-    if output.exists() and not (output.is_dir() and next(output.iterdir(), None) is None):
+    if os.path.exists(output) and not (output.is_dir() and next(output.iterdir(), None) is None):
         raise AdapterError(f"{output} is there and not empty; pass a new directory as the output")
     write_adapter(resized, output)
     if as_json:

@@ -160,6 +160,8 @@ def _reference_dropout(
 
 def _autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:
     """Cast what ``F.linear`` would cast under autocast, outside of the autograd function."""
+    if not torch._C._is_any_autocast_enabled():  # the usual case, told by one call
+        return x, *others
     device = x.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return x, *others

@@ -2,10 +2,10 @@
 
     keep[i, j] = ((r[i] * m[j] + c[j]) xor q[i]) * n[j] >= threshold        (16-bit integers)
 
-One seed gives the words r and q of the rows, c, m and n of the columns (m and n odd); four passes
-over a block in cache make its mask, and backward makes the same mask again. All elements of one
-row, and all of one column, are independent given ideal words, so any two elements are; rows meet
-like independent draws because the multipliers are random (multiply-shift hashing: Dietzfelbinger,
+One seed gives the words r and q of the rows, c, m and n of the columns (n odd); four passes over a
+block in cache make its mask, and backward makes the same mask again. All elements of one row, and
+all of one column, are independent given ideal words, so any two elements are; rows meet like
+independent draws because the multipliers are random (multiply-shift hashing: Dietzfelbinger,
 "Universal hashing and k-wise independent random variables via integer arithmetic without primes",
 1996). `docs/math.md` has the argument, `tests/test_ops_dropout.py` the statistics.
 """
@@ -57,11 +57,11 @@ class SeededMask:
         words = torch.randint(
             -(2**63), 2**63 - 1, (-(-lanes // 4),), device=device, generator=generator
         )
-        words = words.view(torch.int16)
-        words[2 * rows + columns :].bitwise_or_(1)  # m and n are odd
-        parts = words.split([rows, rows, columns, columns, columns, -lanes % 4])
+        parts = words.view(torch.int16).split_with_sizes(
+            [rows, rows, columns, columns, columns, -lanes % 4]
+        )
         self._r, self._q = parts[0].unsqueeze(1), parts[1].unsqueeze(1)
-        self._c, self._m, self._n = parts[2:5]
+        self._c, self._m, self._n = parts[2], parts[3], parts[4].bitwise_or_(1)
         dropped = min(max(round(p * _LANE), 1), _LANE - 1)
         self._threshold = dropped - _LANE // 2
         self.keep_probability = 1.0 - dropped / _LANE

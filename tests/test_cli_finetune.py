@@ -16,9 +16,8 @@ import transformers
 from bridge.peft import AdapterError, LoRA, load_adapter
 from bridge.peft.cli.training import disk, report
 from bridge.peft.cli.training import metrics as run_metrics
-from bridge.peft.cli.training.options import TrainingOptions
+from bridge.peft.cli.training.options import TrainingOptions, total_steps
 from bridge.peft.cli.training.record import checkpoints
-from bridge.peft.cli.training.trainer import total_steps
 from tests.cli_fixtures import (
     TEMPLATE,
     UNMARKED_TEMPLATE,
@@ -255,7 +254,9 @@ def refused(capsys, output, *arguments) -> str:
         (["--steps", "3", "--epochs", "1"], "pass one of them"),
         (["--batch-size", "0"], "--batch-size is 0; pass 1 or more"),
         (["--keep-checkpoints", "0"], "--keep-checkpoints is 0"),
+        (["--model", ""], "--model is empty; pass a directory"),
         (["--warmup", "-1"], "--warmup is -1.0; pass 0 or more"),
+        (["--warmup", "5", "--steps", "5"], "--warmup is 5 steps and the run has 5, so it would"),
         (["--eval-share", "1"], "--eval-share is 1.0"),
         (["--seed", "-1"], "--seed is -1"),
         (["--seed", 2**32], f"--seed is {2**32}; pass {2**32 - 1} or less"),
@@ -327,7 +328,7 @@ def test_evaluation_data_of_another_shape_is_refused(model, data, tmp_path, caps
         (lambda d: (d / "config.json").write_text("{"), "no model at"),
         (lambda d: (d / "model.safetensors").unlink(), "cannot load the weights of"),
         (lambda d: (d / "model.safetensors").write_bytes(b"junk"), "cannot load the weights of"),
-        (lambda d: [p.unlink() for p in d.glob("tokenizer*")], "no tokenizer in"),
+        (lambda d: [p.unlink() for p in d.glob("tokenizer*")], "no tokenizer in "),
     ],
 )
 def test_a_damaged_model_directory_is_one_line(spoil, said, model, data, tmp_path, capsys):

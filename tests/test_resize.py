@@ -158,3 +158,10 @@ def test_report_names_the_module_that_lost_most():
 def test_a_rank_that_no_file_may_have_is_refused_at_once():
     with pytest.raises(AdapterError, match="rank is 1000000000000, and 65536 is the largest"):
         resize(one_module(*matrices(4, 4, 2)), 10**12)
+
+
+def test_a_rank_above_what_a_module_can_use_is_said():
+    adapter = one_module(*matrices(8, 6, 4))
+    said = "rank 7 is more than 1 modules can use; 6 holds every update of layer.q"
+    assert said in str(resize(adapter, 7)[1])
+    assert "can use" not in str(resize(adapter, 6)[1])

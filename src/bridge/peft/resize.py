@@ -34,12 +34,14 @@ class ResizeRow:
         old_dim: Its rank before.
         dim: Its rank now.
         energy: Share of the update's squared singular values that is kept.
+        full_dim: The rank that holds every update of it: the smaller of its two widths.
     """
 
     fqn: str
     old_dim: int
     dim: int
     energy: float
+    full_dim: int
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,12 @@ class ResizeReport:
         worst = min(self.rows, key=lambda row: row.energy)
         if worst.energy < 1:
             lines += ["", f"least energy kept: {worst.energy:.4%} in {worst.fqn}"]
+        if above := [row for row in self.rows if row.dim > row.full_dim]:
+            lines += [
+                "",
+                f"rank {above[0].dim} is more than {len(above)} modules can use; "
+                f"{above[0].full_dim} holds every update of {above[0].fqn}",
+            ]
         return "\n".join(lines)
 
 
@@ -100,7 +108,9 @@ def resize(adapter: AdapterFile, dim: int, *, seed: int = 0) -> tuple[AdapterFil
         method = branch_settings(adapter.extra, fqn, 0.0)["lora_A_init_method"]
         tensors[fqn] = _resized(a, b, dim, method, derive_seed(seed, fqn))
         energy = kept_energy(a, b, dim)
-        rows.append(ResizeRow(fqn=fqn, old_dim=a.shape[0], dim=dim, energy=energy))
+        full_dim = min(a.shape[1], b.shape[0])
+        row = ResizeRow(fqn=fqn, old_dim=a.shape[0], dim=dim, energy=energy, full_dim=full_dim)
+        rows.append(row)
     alphas = {fqn: _alpha(adapter, fqn, dim) for fqn in tensors}
     alpha, alpha_pattern = most_common_and_exceptions(alphas)
     config = adapter.config | {

@@ -54,6 +54,8 @@ def load_config(name: str) -> PreTrainedConfig:
     Raises:
         AdapterError: there is no such model, or it is not a causal language model.
     """
+    if not name.strip():
+        raise AdapterError("--model is empty; pass a directory written by save_pretrained")
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
         raise AdapterError(
@@ -124,9 +126,10 @@ def load_tokenizer(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # tokenizer files fail in as many ways as there are formats
+        line = _first_line(error)
+        reason = "" if line.endswith(":") else f" ({line})"  # a colon begins a list of guesses
         raise AdapterError(
-            f"no tokenizer in {name} ({_first_line(error)}); save one there with "
-            "tokenizer.save_pretrained"
+            f"no tokenizer in {name}{reason}; save one there with tokenizer.save_pretrained"
         ) from error
 
 

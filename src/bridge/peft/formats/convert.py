@@ -206,6 +206,7 @@ def _write(converted: Converted, output: Path) -> None:
 
 def _no_layout() -> AdapterError:
     return AdapterError(
-        "fusing and permuting rows needs the number of heads; pass the model's directory, or "
-        "heads, query groups and the size of a head"
+        "fusing and permuting rows needs the number of heads; pass the model's directory "
+        "(--model), or the heads, query groups and size of a head (--heads, --query-groups, "
+        "--head-dim)"
     )

@@ -107,6 +107,14 @@ def flag(name: str) -> str:
     return "--" + name.lower().replace("_", "-")
 
 
+def total_steps(options: TrainingOptions, samples: int, *, processes: int) -> int:
+    """Count the optimizer steps of a run; each process takes whole batches of its own."""
+    if options.steps is not None:
+        return options.steps
+    batches = math.ceil(math.ceil(samples / options.batch_size) / processes)
+    return math.ceil(options.epochs * math.ceil(batches / options.gradient_accumulation))
+
+
 def steering_fields() -> list[str]:
     """Return the options that decide what is learned: a resumed run must keep them."""
     return [f.name for f in dataclasses.fields(TrainingOptions) if f.metadata["steers"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from bridge.peft.cli.training.data import (
     rows_of,
     shape_of,
 )
-from bridge.peft.cli.training.options import TrainingOptions
+from bridge.peft.cli.training.options import TrainingOptions, total_steps
 from bridge.peft.cli.training.record import RunSpec
 from bridge.peft.cli.training.samples import Sample, Tokenizer, fit_length, tokenize
 from bridge.peft.demo import DEMO_EXAMPLES, word_examples
@@ -96,6 +97,7 @@ def prepare(spec: RunSpec) -> Prepared:
     if not evaluation:
         train, evaluation, note = _hold_out(train, spec.options)
         notes.append(note)
+    _check_warmup(spec.options, len(train))
     if tokenizer.eos_token_id is None:
         notes.append("the tokenizer has no end-of-sequence token: samples are not closed by one")
     digests = {"data": data_digest(train_rows)}
@@ -123,6 +125,15 @@ def base_dtype(options: TrainingOptions) -> torch.dtype:
     if options.dtype is None:
         return torch.bfloat16 if on_cuda else torch.float32
     return getattr(torch, options.dtype)
+
+
+def _check_warmup(options: TrainingOptions, samples: int) -> None:
+    steps = total_steps(options, samples, processes=int(os.environ.get("WORLD_SIZE", "1")))
+    if options.warmup >= steps:
+        raise AdapterError(
+            f"--warmup is {options.warmup:g} steps and the run has {steps}, so it would never reach "
+            "its learning rate; pass fewer, or a share of the run below 1"
+        )
 
 
 def _rows(spec: RunSpec) -> tuple[list[Row], list[Row]]:

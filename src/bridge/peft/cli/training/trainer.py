@@ -16,7 +16,7 @@ from torch import nn
 
 from bridge.peft import load_adapter, save_adapter
 from bridge.peft.cli.models import quiet_imports
-from bridge.peft.cli.training.options import TrainingOptions
+from bridge.peft.cli.training.options import TrainingOptions, total_steps
 from bridge.peft.cli.training.record import PARTIAL, checkpoints
 from bridge.peft.lora_mixin import LoRAMixin
 
@@ -210,14 +210,6 @@ def trainer_config(
     config.save_steps = options.save_every or math.ceil(steps / 10)
     config.logging_steps = min(options.log_every or math.ceil(steps / 200), steps)
     return config
-
-
-def total_steps(options: TrainingOptions, samples: int, *, processes: int) -> int:
-    """Count the optimizer steps of a run; each process takes whole batches of its own."""
-    if options.steps is not None:
-        return options.steps
-    batches = math.ceil(math.ceil(samples / options.batch_size) / processes)
-    return math.ceil(options.epochs * math.ceil(batches / options.gradient_accumulation))
 
 
 def _publish(partial: Path, final: Path) -> None:

@@ -1,10 +1,9 @@
-"""Two ways to save narrow products that the library does not take, and what they would give.
+"""Two ways to save narrow products: one that the library leaves out, one that it has on request.
 
 * Merged on the fly (Cherniuk et al., "Run LoRA Run", 2023): W + s B A is formed in each pass, so
   that four narrow products and two of the weight's size do the work of six. In float32 only: in
   bfloat16 the sum would swallow small updates.
-* Shared input: q, k and v, or gate and up, read one x. One product makes the h of all of them, and
-  one function accumulates the gradient of x.
+* Shared input (`share_inputs`): q, k and v, or gate and up, read one x and are computed together.
 
 Both are timed against the frozen layers and the library's, in one process, paired.
 
@@ -26,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench_linear import CPU_SHAPES, geometric_mean
-from bridge.peft import patch_linear_module
-from bridge.peft.ops.branch import contract, contract_backward, expand_, expand_backward
+from bridge.peft import patch_linear_module, share_inputs
+from bridge.peft.ops.branch import contract, contract_backward, expand_backward
 from measure import machine, median_ratio, paired_times
 from peers import Case
 
@@ -52,38 +51,6 @@ class _OnTheFly(torch.autograd.Function):
         return dx, None, contract_backward(x.flatten(0, -2), dh, a, SCALE, None, None), db.t()
 
 
-class _Shared(torch.autograd.Function):
-    """Several linears of one x: ``y_i = W_i x + s B_i A_i x``, the A's one matrix."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, *matrices: Tensor) -> tuple[Tensor, ...]:
-        weights, bs = matrices[: len(matrices) // 2], matrices[len(matrices) // 2 :]
-        h = contract(x.flatten(0, -2), a, None)
-        ys = []
-        for weight, b, part in zip(weights, bs, h.chunk(len(bs), 1), strict=True):
-            y = F.linear(x, weight)
-            expand_(y.flatten(0, -2), part, b.t(), SCALE, None)
-            ys.append(y)
-        ctx.save_for_backward(x, a, h, *matrices)
-        return tuple(ys)
-
-    @staticmethod
-    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, a, h, *matrices = ctx.saved_tensors
-        weights, bs = matrices[: len(dys)], matrices[len(dys) :]
-        rows = [dy.flatten(0, -2) for dy in dys]
-        parts = [
-            expand_backward(dy, part, b.t(), SCALE, None)
-            for dy, part, b in zip(rows, h.chunk(len(bs), 1), bs, strict=True)
-        ]
-        dx = rows[0] @ weights[0]
-        for dy, weight in zip(rows[1:], weights[1:], strict=True):
-            dx.addmm_(dy, weight)
-        dh = torch.cat([dh for dh, _ in parts], 1)
-        da = contract_backward(x.flatten(0, -2), dh, a, SCALE, None, dx)
-        return dx.view(x.shape), da, *(None for _ in weights), *(db.t() for _, db in parts)
-
-
 class OnTheFly(nn.Module):
     """One linear, merged in each pass."""
 
@@ -97,31 +64,18 @@ class OnTheFly(nn.Module):
         return _OnTheFly.apply(x, self.base.weight, a, b)  # pyright: ignore[reportReturnType]
 
 
-class Shared(nn.Module):
-    """Several linears of one input, whose A's are one product."""
-
-    def __init__(self, case: Case, count: int) -> None:
-        super().__init__()
-        layers = [ours(case) for _ in range(count)]
-        self.weights = [layer.get_parameter("weight") for layer in layers]
-        self.a = nn.Parameter(torch.cat([x.get_parameter("lora_a.weight") for x in layers]))
-        self.b = nn.ParameterList([layer.get_parameter("lora_b.weight") for layer in layers])
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Map (..., in) to one (..., out) for each linear."""
-        return _Shared.apply(x, self.a, *self.weights, *self.b)  # pyright: ignore
-
-
-class Separate(nn.Module):
-    """Several linears of one input, one after the other."""
+class Siblings(nn.Module):
+    """Linears of one input, under the names by which `share_inputs` knows them."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        names = ("q_proj", "k_proj", "v_proj") if len(layers) == 3 else ("gate_proj", "up_proj")
+        for name, layer in zip(names, layers, strict=True):
+            self.add_module(name, layer)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Map (..., in) to one (..., out) for each linear."""
-        return tuple(layer(x) for layer in self.layers)
+        return tuple(layer(x) for layer in self.children())
 
 
 def ours(case: Case) -> nn.Module:
@@ -217,11 +171,10 @@ def main() -> None:
                     print(rows[-1], flush=True)
                 count = 3 if shape[1] == shape[2] else 2
                 several = {
-                    "frozen": Separate([case.base() for _ in range(count)]),
-                    "ours": Separate([ours(case) for _ in range(count)]),
-                    "shared": Shared(case, count),
+                    "frozen": Siblings([case.base() for _ in range(count)]),
+                    "ours": Siblings([ours(case) for _ in range(count)]),
+                    "shared": share_inputs(Siblings([ours(case) for _ in range(count)])),
                 }
-                torch.manual_seed(0)
                 rows.append(compare("shared", case, several, count, args.budget))
                 print(rows[-1], flush=True)
     RESULTS.mkdir(exist_ok=True)

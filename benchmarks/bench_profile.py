@@ -1,8 +1,9 @@
 """Where the time of a LoRA linear goes: the profile behind the ratios of `bench_linear.py`.
 
-Each cell's step (forward and backward) is run under torch's profiler, alternating with the frozen
-layer's. The branch's six narrow products are told apart by their order; a product at the speed of
-the base's GEMMs would take its share of the FLOP floor, which stands beside its time.
+Each cell's step (forward and backward) is timed, and run once more under torch's profiler for its
+operators. The branch's six narrow products are told apart by their order; a product at the speed of
+the base's GEMMs would take its share of the FLOP floor, which stands beside its time. What is left
+of the step is the rest: Python, autograd, memory, caches that the branch has changed.
 
     python benchmarks/bench_profile.py [--quick]
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from bench_linear import CPU_SHAPES
-from measure import machine, step
+from measure import machine, seconds, step
 from peers import Case, available
 
 RESULTS = Path(__file__).parent / "results"
@@ -30,31 +31,23 @@ _PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_")
 #: The products of a step of ours in the order in which they run.
 _ORDER = ("h = x Aᵀ", "base y", "y += h Bᵀ", "dh = dy B", "dB", "base dx", "dx += dh A", "dA")
 _BASE = ("base y", "base dx")
-_MASK, _REST = "mask", "dispatch"
+_MASK, _REST = "mask", "rest"
 _MASKING = [f"aten::{op}_" for op in ("bitwise_xor", "mul", "ge", "random", "copy", "add")]
 _MASKING += ["aten::addcmul", "aten::cat"]
 
 
-def profiled(layer: nn.Module, x: Tensor, dy: Tensor) -> tuple[float, list[Any]]:
-    """Milliseconds of one step, and its operators."""
+def operators(layer: nn.Module, x: Tensor, dy: Tensor) -> list[Any]:
+    """The profiler's events of one step."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
         step(layer, x, dy)
-    events: list[Any] = list(recorded.events() or [])
-    begin = min(e.time_range.start for e in events)
-    end = max(e.time_range.end for e in events)
-    return (end - begin) / 1e3, events
+    return list(recorded.events() or [])
 
 
-def parts(total: float, operators: list[Any], dim: int) -> dict[str, float]:
-    """Milliseconds by part of a step of ours.
-
-    What else than products computes is the mask's; what is left of the step is dispatch: Python,
-    autograd, memory.
-    """
-    products = [e for e in operators if e.name in _PRODUCTS]
+def parts(events: list[Any], dim: int) -> dict[str, float]:
+    """Milliseconds of the products of a step of ours, and of what else computes: the mask's."""
+    products = [e for e in events if e.name in _PRODUCTS]
     found: dict[str, float] = dict(zip(_ORDER, _by_order(products, dim), strict=True))
-    found[_MASK] = sum(e.self_cpu_time_total / 1e3 for e in operators if e.name in _MASKING)
-    found[_REST] = total - sum(found.values())
+    found[_MASK] = sum(e.self_cpu_time_total / 1e3 for e in events if e.name in _MASKING)
     return found
 
 
@@ -90,18 +83,18 @@ def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
             step(layer, x, dy)
     frozen, ours, found = [], [], []
     for _ in range(rounds):
-        frozen.append(profiled(layers["frozen"], x, dy)[0])
-        total, operators = profiled(layers["ours"], x, dy)
-        ours.append(total)
-        found.append(parts(total, operators, case.dim))
-    base = statistics.median(frozen)
+        frozen.append(1e3 * seconds(lambda: step(layers["frozen"], x, dy)))
+        ours.append(1e3 * seconds(lambda: step(layers["ours"], x, dy)))
+        found.append(parts(operators(layers["ours"], x, dy), case.dim))
+    base, total = statistics.median(frozen), statistics.median(ours)
+    medians = {part: statistics.median(f[part] for f in found) for part in found[0]}
+    medians[_REST] = total - sum(medians.values())
     k, n, r = case.in_features, case.out_features, case.dim
     # the base's 4 N k n take `base`; the branch's products take 2 N k r or 2 N n r each
     share = {name: base * r / (2 * n) for name in ("h = x Aᵀ", "dx += dh A", "dA")}
     share |= {name: base * r / (2 * k) for name in ("y += h Bᵀ", "dh = dy B", "dB")}
     rows = []
-    for part in found[0]:
-        ms = statistics.median(f[part] for f in found)
+    for part, ms in medians.items():
         rows.append(
             {
                 "dtype": str(case.dtype).removeprefix("torch."),
@@ -115,7 +108,7 @@ def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
                 "at_the_speed_of_the_base": round(share.get(part, 0.0), 4),
                 "of_the_frozen_step": round(ms / base, 4),
                 "frozen_milliseconds": round(base, 3),
-                "ours_milliseconds": round(statistics.median(ours), 3),
+                "ours_milliseconds": round(total, 3),
                 "machine": machine(),
                 "torch": torch.__version__,
             }
@@ -180,6 +173,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         for g in cells.values()
     ]
     axis.plot(floor, list(cells), "k|", ms=12, label="FLOP floor")
+    axis.margins(y=0.01)
     axis.invert_yaxis()
     axis.set_xlabel("percent of the frozen layer's step")
     axis.legend(ncols=9, fontsize=7, loc="lower center", bbox_to_anchor=(0.4, 1.0))

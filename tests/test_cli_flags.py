@@ -27,6 +27,7 @@ LORA_FLAGS = [
     "--rank-pattern",
     "--alpha-pattern",
     "--use-rslora",
+    "--share-inputs",
 ]
 TRAINING_FLAGS = [
     "--learning-rate",

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from bridge.peft.adapter_wrapper import AdapterWrapper
     from bridge.peft.errors import AdapterError
     from bridge.peft.formats.peft import load_adapter, save_adapter
+    from bridge.peft.input_families import share_inputs
     from bridge.peft.lora import LoRA, adapter_state_dict
     from bridge.peft.lora_layers import (
         LinearAdapter,
@@ -34,6 +35,7 @@ _HOME = {
     "merge": "merging",
     "patch_linear_module": "lora_layers",
     "save_adapter": "formats.peft",
+    "share_inputs": "input_families",
     "unmerge": "merging",
 }
 
@@ -50,6 +52,7 @@ __all__ = [
     "merge",
     "patch_linear_module",
     "save_adapter",
+    "share_inputs",
     "unmerge",
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from bridge.peft.branch import (
 from bridge.peft.encoder_fast_path import keep_encoders_off_fast_path
 from bridge.peft.errors import AdapterError, TargetError
 from bridge.peft.initializers import derive_seed
+from bridge.peft.input_families import families, no_families, share_inputs
 from bridge.peft.lora_layers import adapted_class, patch_with_options
 from bridge.peft.lora_mixin import LoRAMixin
 from bridge.peft.module_matcher import (
@@ -30,7 +32,7 @@ from bridge.peft.module_matcher import (
     match_targets,
     unwrap,
 )
-from bridge.peft.ops import choose_path
+from bridge.peft.ops import Path, choose_path
 from bridge.peft.orientation import features
 from bridge.peft.plan import Plan, PlanRow
 
@@ -54,6 +56,8 @@ class LoRA:
         rank_pattern: Ranks for some modules, by entry; the first that matches counts.
         alpha_pattern: Alphas for some modules, likewise.
         use_rslora: `scale = alpha / sqrt(dim)`.
+        share_inputs: Compute siblings that read one input together (q, k and v; gate and up):
+            equal results up to rounding, in less time; see `bridge.peft.share_inputs`.
         seed: A depends on (seed, FQN) alone; None draws the seed from torch's default generator.
 
     Raises:
@@ -91,6 +95,10 @@ class LoRA:
     use_rslora: bool = field(
         default=False, metadata={"help": "rank-stabilised scaling, alpha / sqrt(dim)"}
     )
+    share_inputs: bool = field(
+        default=False,
+        metadata={"help": "compute siblings that read one input (q, k, v; gate, up) together"},
+    )
     seed: int | None = field(
         default=None, metadata={"help": "seed of the initial A; default: from torch's generator"}
     )
@@ -113,8 +121,11 @@ class LoRA:
             _check_entry("a pattern", key)
         if self.seed is not None and (not isinstance(self.seed, int) or self.seed < 0):
             raise AdapterError(f"seed must be an integer >= 0 or None, got {self.seed!r}")
-        if not isinstance(self.use_rslora, bool):
-            raise AdapterError(f"use_rslora must be True or False, got {self.use_rslora!r}")
+        for name in ("use_rslora", "share_inputs"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise AdapterError(f"{name} must be True or False, got {value!r}")
+        if self.share_inputs and self.dropout:
+            raise AdapterError("share_inputs works without dropout only; pass dropout=0")
         self.options_for(Candidate("", nn.Identity(), ("",)))
 
     def options_for(self, candidate: Candidate) -> BranchOptions:
@@ -147,8 +158,9 @@ class LoRA:
             ValueError: A quantised base needs `lora_dtype`.
         """
         chosen, skipped = self._match(unwrap(model))
+        rows = [self._row(candidate) for candidate in chosen]
         return Plan(
-            rows=tuple(self._row(candidate) for candidate in chosen),
+            rows=tuple(self._shared(rows) if self.share_inputs else rows),
             not_adapted=tuple(skipped),
             base_parameters=_count_parameters(unwrap(model)),
         )
@@ -173,7 +185,11 @@ class LoRA:
         for candidate, options in planned:
             options.resolve_dtype(_weight(candidate).dtype)
         seed = int(torch.randint(2**62, (), device="cpu")) if self.seed is None else self.seed
+        if self.share_inputs:
+            self._shared([self._row(candidate) for candidate in chosen])
         patch_in_place(root, [(c.module, o, derive_seed(seed, c.fqn)) for c, o in planned])
+        if self.share_inputs:
+            share_inputs(model)
         return model
 
     def _match(self, model: nn.Module) -> tuple[list[Candidate], list[Any]]:
@@ -186,6 +202,24 @@ class LoRA:
                         f"to adapt{did_you_mean(entry, chosen)}"
                     )
         return chosen, skipped
+
+    def _shared(self, rows: list[PlanRow]) -> list[PlanRow]:
+        """The rows with their path where siblings read one input; `TargetError` if none do."""
+        plain = {row.fqn: row.in_features for row in rows if row.path == "fused"}
+        found = families(plain)
+        if not found:
+            raise no_families(len(plain))
+        paths = {
+            fqn: Path.shared([other for other in siblings if other != fqn])
+            for siblings in found
+            for fqn in siblings
+        }
+        return [
+            dataclasses.replace(row, path=paths[row.fqn].name, reason=paths[row.fqn].reason)
+            if row.fqn in paths
+            else row
+            for row in rows
+        ]
 
     def _row(self, candidate: Candidate) -> PlanRow:
         options = self.options_for(candidate)

@@ -23,8 +23,9 @@ from bridge.peft.adapter_wrapper import AdapterWrapper, split_base_result
 from bridge.peft.branch import BranchOptions, DropoutPosition, InitMethod
 from bridge.peft.errors import MissingExtraError, UnsupportedLinearError
 from bridge.peft.lora_mixin import LoRAMixin, TransposedAdapter, add_branch
-from bridge.peft.ops import lora_linear
+from bridge.peft.ops import Path, lora_linear
 from bridge.peft.orientation import is_transposed
+from bridge.peft.shared_input import SharedInput
 
 
 class LoRALinear(AdapterWrapper):
@@ -79,6 +80,8 @@ class LinearAdapter(LoRAMixin, nn.Linear):
 
     base_type = nn.Linear
     plain_forward = True
+    #: What it shares an input with, if the recipe or `share_inputs` asked for it.
+    shared_input: SharedInput | None = None
 
     def __init__(
         self,
@@ -112,9 +115,26 @@ class LinearAdapter(LoRAMixin, nn.Linear):
         """`W x + b + scale · B A x`: (..., in_features) -> (..., out_features)."""
         if self.merged or not self.adapter_enabled or not self.has_plain_base():
             return super().forward(x)
+        p = self.dropout_now()
+        if self.shared_input is not None and not p and _is_training():
+            result = self.shared_input.take(self, x)
+            if result is not None:
+                return result
         a, b = self.lora_a.weight, self.lora_b.weight
-        p = self._dropout_now()
         return lora_linear(x, self.weight, self.bias, a, b, self.scale, p, self.dropout_position)
+
+    def lora_path(self) -> Path:
+        """Say which path computes this layer, and why."""
+        path = super().lora_path()
+        if self.shared_input is None or path.name != "fused" or self.dropout_now():
+            return path
+        partners = self.shared_input.partners(self)
+        return Path.shared(partners) if partners else path
+
+
+def _is_training() -> bool:
+    """Whether a graph for backward is built, by autograd itself."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class TELinearAdapter(LoRAMixin, TELinear):

@@ -71,9 +71,9 @@ class LoRAMixin(nn.Module):
 
     def _add_branch(self, base_out: Tensor, x: Tensor) -> Tensor:
         a, b = self.lora_a.weight, self.lora_b.weight
-        return lora_add(base_out, x, a, b, self.scale, self._dropout_now(), self.dropout_position)
+        return lora_add(base_out, x, a, b, self.scale, self.dropout_now(), self.dropout_position)
 
-    def _dropout_now(self) -> float:
+    def dropout_now(self) -> float:
         """The probability in force: that of the `nn.Dropout`, 0 in evaluation."""
         return self.dropout.p if self.dropout.training else 0.0
 

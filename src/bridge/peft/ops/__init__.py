@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,9 @@ from bridge.peft.ops.branch import Branch
 from bridge.peft.ops.dropout import SeededMask, draw_seed
 from bridge.peft.ops.fused import fused_add, fused_linear
 from bridge.peft.ops.reference import add_branch, lora_branch_reference, lora_linear_reference
+from bridge.peft.ops.shared import LoRATensors, fused_shared
 
-__all__ = ["Path", "choose_path", "lora_add", "lora_linear"]
+__all__ = ["LoRATensors", "Path", "choose_path", "lora_add", "lora_linear", "lora_linears"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -25,13 +27,24 @@ class Path:
     """How a layer is computed.
 
     Attributes:
-        name: ``"fused"`` (base and branch in one function), ``"branch"`` (the branch added to
-            another base's result) or ``"reference"`` (the plain formula).
+        name: ``"fused"`` (base and branch in one function), ``"shared"`` (several of them that
+            read one input in one function), ``"branch"`` (the branch added to another base's
+            result) or ``"reference"`` (the plain formula).
         reason: Why, in a few words.
     """
 
     name: str
     reason: str
+
+    @classmethod
+    def shared(cls, partners: Sequence[str]) -> Path:
+        """The path of a linear that reads one input with others.
+
+        Args:
+            partners: Names of the others.
+        """
+        names = " and ".join(name.rpartition(".")[2] for name in partners)
+        return cls("shared", f"plain linear that reads one input with {names}: one function")
 
 
 _FUSED = Path("fused", "plain linear: the branch is added into its result")
@@ -139,6 +152,32 @@ def lora_add(
     seed = draw_seed() if dropout > 0.0 else None
     branch = Branch(scale, dropout, dropout_position)
     return fused_add(base_out, x, lora_a, lora_b, seed, branch)
+
+
+def lora_linears(x: Tensor, layers: Sequence[LoRATensors]) -> tuple[Tensor, ...] | None:
+    """Return ``W x + b + scale * B A x`` for several plain linears of one input, without dropout.
+
+    Args:
+        x: (..., in_features).
+        layers: What each of them computes with.
+
+    Returns:
+        One (..., out_features) for each; None where `lora_linear` would not take the fused path
+        for all of them, their bases are not all frozen, or dtypes or devices differ.
+    """
+    if any(t is not None and t.requires_grad for layer in layers for t in layer[:2]):
+        return None
+    first = layers[0]
+    for layer in layers:
+        same = layer.weight.dtype == first.weight.dtype and layer.lora_a.dtype == first.lora_a.dtype
+        if not same or layer.weight.device != first.weight.device:
+            return None
+    x, *tensors = _autocast(x, *(t for layer in layers for t in layer[:4]))
+    trains = all(_trains(layer.lora_a, layer.lora_b) for layer in layers)
+    if choose_path(x, *tensors, trains_a_and_b=trains).name != "fused":
+        return None
+    parts = zip(*(tensors[i::4] for i in range(4)), (layer.scale for layer in layers), strict=True)
+    return fused_shared(x, [LoRATensors(*part) for part in parts])
 
 
 def _trains(lora_a: Tensor, lora_b: Tensor) -> bool:

@@ -22,8 +22,8 @@ from torch import Tensor
 from bridge.peft.ops.dropout import SeededMask, apply_, consume_
 from bridge.peft.ops.scratch import scratch
 
-# Masked tokens are worked in blocks of about this many bytes. On a CPU a few such blocks stay in its
-# last cache, and smaller ones cost more in calls than they save; a GPU wants few large kernels.
+# Masked tokens are worked in blocks of about this many bytes. On a CPU a few such blocks stay in
+# its last cache, and smaller ones cost more in calls than they save; a GPU wants few large kernels.
 _BLOCK_BYTES = {"cpu": 2**22}
 _BLOCK_BYTES_ON_DEVICE = 2**26
 # Rows of h of at most this many bytes are faster computed as columns (MKL and oneDNN alike).

@@ -88,7 +88,7 @@ class LoRALinearFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             inputs = (x, weight, bias, lora_a, lora_b)
             return *_differentiable(lora_linear_reference, inputs, needs[:5], dy, ctx), None, None
-        rows, dy = _rows(x), _rows(dy).contiguous()
+        rows, dy = rows_of(x), rows_of(dy).contiguous()
         pre, post, s = ctx.branch.masks(ctx.seed, rows, lora_b)
         dh, db = expand_backward(dy, h, lora_b.t(), s, post)
         dx = dy @ weight if needs[0] else None
@@ -125,7 +125,7 @@ class LoRAAddFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             inputs = (x, lora_a, lora_b)
             return dy, *_differentiable(lora_branch_reference, inputs, needs, dy, ctx), None, None
-        rows, dy_rows = _rows(x), _rows(dy).contiguous()
+        rows, dy_rows = rows_of(x), rows_of(dy).contiguous()
         pre, post, s = ctx.branch.masks(ctx.seed, rows, lora_b)
         dh, db = expand_backward(dy_rows, h, lora_b.t(), s, post)
         dx = torch.zeros_like(rows) if needs[0] else None
@@ -143,15 +143,12 @@ def _linear(
     branch: Branch,
 ) -> tuple[Tensor, Tensor]:
     """Return y, (..., out_features), and h, (tokens, dim)."""
-    rows = _rows(x)
+    rows = rows_of(x)
     pre, post, s = branch.masks(seed, rows, lora_b)
     # The narrow product comes first: it leaves x in cache for the wide one.
     h = contract(rows, lora_a, pre)
-    y = F.linear(x, weight, bias)
-    if y._is_view() or not y.is_contiguous():
-        # Consumers may write into our result, which a view made in here would forbid.
-        y = torch.ops.aten._unsafe_view(y.contiguous(), y.shape)
-    expand_(_rows(y), h, lora_b.t(), s, post)
+    y = plain_linear(x, weight, bias)
+    expand_(rows_of(y), h, lora_b.t(), s, post)
     return y, h
 
 
@@ -159,16 +156,31 @@ def _add(
     base_out: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, seed: int | None, branch: Branch
 ) -> tuple[Tensor, Tensor]:
     """Return y, (..., out_features), and h, (tokens, dim)."""
-    rows = _rows(x)
+    rows = rows_of(x)
     pre, post, s = branch.masks(seed, rows, lora_b)
     h = contract(rows, lora_a, pre)
     y = base_out.clone(memory_format=torch.contiguous_format)
-    expand_(_rows(y), h, lora_b.t(), s, post)
+    expand_(rows_of(y), h, lora_b.t(), s, post)
     return y, h
 
 
-def _rows(x: Tensor) -> Tensor:
-    """Return x as a matrix of tokens."""
+def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``W x + b`` as a tensor of its own that may be written to, in an autograd function.
+
+    Args:
+        x: (..., in_features).
+        weight: (out_features, in_features).
+        bias: (out_features,) or None.
+    """
+    y = F.linear(x, weight, bias)
+    if y._is_view() or not y.is_contiguous():
+        # Consumers may write into our result, which a view made in here would forbid.
+        y = torch.ops.aten._unsafe_view(y.contiguous(), y.shape)
+    return y
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """Return x, (..., features), as a matrix of tokens, (tokens, features)."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
@@ -184,7 +196,7 @@ def _differentiable(
     x, lora_b = inputs[0], inputs[-1]
     assert x is not None and lora_b is not None
     p, kept = 0.0, None
-    for mask in branch.masks(ctx.seed, _rows(x), lora_b)[:2]:
+    for mask in branch.masks(ctx.seed, rows_of(x), lora_b)[:2]:
         if mask is not None:
             p, kept = 1.0 - mask.keep_probability, mask.whole().view(*x.shape[:-1], -1)
     y = formula(*inputs, branch.scale, p, branch.position, kept)

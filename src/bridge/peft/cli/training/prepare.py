@@ -131,8 +131,8 @@ def _check_warmup(options: TrainingOptions, samples: int) -> None:
     steps = total_steps(options, samples, processes=int(os.environ.get("WORLD_SIZE", "1")))
     if options.warmup >= steps:
         raise AdapterError(
-            f"--warmup is {options.warmup:g} steps and the run has {steps}, so it would never reach "
-            "its learning rate; pass fewer, or a share of the run below 1"
+            f"--warmup is {options.warmup:g} steps and the run has {steps}, so it would never "
+            "reach its learning rate; pass fewer, or a share of the run below 1"
         )
 
 

@@ -25,6 +25,9 @@ _NO_KERNEL_COPY = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, er
 #: takes as long as merging does.
 _MEASURED_IN_PART = 2**22
 _PART = 8
+#: Most bytes in one write: larger ones make the system look for larger pages, which it is slower to
+#: find than to fill (measured: 40 % more time for a merge on Linux 6.18, ext4, with 2 MB and more).
+_WRITE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,7 @@ def _read_exactly(file: BinaryIO, buffer: memoryview, path: Path) -> None:
 def _write_exactly(file: BinaryIO, buffer: memoryview) -> None:
     done = 0
     while done < len(buffer):
-        done += file.write(buffer[done:])
+        done += file.write(buffer[done : done + _WRITE_BYTES])
 
 
 def _cast(target: Target, values: Tensor, out: Tensor) -> None:

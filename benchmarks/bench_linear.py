@@ -25,6 +25,13 @@ from peers import Case, available
 
 RESULTS = Path(__file__).parent / "results"
 CPU_SHAPES = [(512, 1024, 1024), (2048, 1024, 1024), (1024, 2048, 2048), (2048, 2048, 5632)]
+#: What we aim at over all CPU shapes and ranks, by dtype and dropout.
+TARGETS = {
+    ("float32", 0.0): 1.11,
+    ("float32", 0.1): 1.28,
+    ("bfloat16", 0.0): 1.08,
+    ("bfloat16", 0.1): 1.18,
+}
 CUDA_SHAPES = [(t, n, n) for n in (4096, 5120, 8192) for t in (2048, 4096, 8192)]
 
 
@@ -86,8 +93,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         f"Machine: {rows[0]['machine']}; torch {rows[0]['torch']}. Time of forward and backward "
         "over the frozen base's, medians of pairs.",
         "",
-        f"| geometric mean | floor | {' | '.join(names)} | worst cell of ours over the best peer |",
-        "|---" * (len(names) + 3) + "|",
+        f"| geometric mean | floor | {' | '.join(names)} | target for ours | worst cell of ours over "
+        "the best peer |",
+        "|---" * (len(names) + 4) + "|",
     ]
     for (dtype, p), group in groups.items():
         cells = _by_cell(group)
@@ -98,8 +106,19 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             for c in cells.values()
         )
         figures = " | ".join(f"{m:.3f}" for m in means)
-        lines.append(f"| {dtype}, p={p} | {floor:.3f} | {figures} | {worst:.3f} |")
+        target = _target(dtype, float(p), means[names.index("ours")], len(cells))
+        lines.append(f"| {dtype}, p={p} | {floor:.3f} | {figures} | {target} | {worst:.3f} |")
+    if any("missed" in line for line in lines):
+        lines += ["", "Where the time above the floor goes: profile.md (`bench_profile.py`)."]
     return "\n".join([*lines, "", *_cell_table(rows, names)]) + "\n"
+
+
+def _target(dtype: str, p: float, mean: float, cells: int) -> str:
+    """The target of a row and whether it is met; a dash where the grid is not the whole one."""
+    target = TARGETS.get((dtype, p))
+    if target is None or cells != 3 * len(CPU_SHAPES) or torch.cuda.is_available():
+        return "–"
+    return f"{target:.2f}, {'met' if mean <= target else f'missed by {mean - target:.3f}'}"
 
 
 def _by_cell(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, dict[str, Any]]]:

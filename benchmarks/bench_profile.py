@@ -3,7 +3,9 @@
 Each cell's step (forward and backward) is timed, and run once more under torch's profiler for its
 operators. The branch's six narrow products are told apart by their order; a product at the speed of
 the base's GEMMs would take its share of the FLOP floor, which stands beside its time. What is left
-of the step is the rest: Python, autograd, memory, caches that the branch has changed.
+of the step is the rest: Python, autograd, memory, caches that the branch has changed. The products
+are also timed alone, again and again, with everything in cache: what the step would cost if nothing
+but they stood above the frozen layer.
 
     python benchmarks/bench_profile.py [--quick]
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from bench_linear import CPU_SHAPES
+from bench_linear import CPU_SHAPES, geometric_mean
+from bridge.peft.ops.branch import contract, contract_backward, expand_, expand_backward
 from measure import machine, seconds, step
 from peers import Case, available
 
@@ -49,6 +53,23 @@ def parts(events: list[Any], dim: int) -> dict[str, float]:
     found: dict[str, float] = dict(zip(_ORDER, _by_order(products, dim), strict=True))
     found[_MASK] = sum(e.self_cpu_time_total / 1e3 for e in events if e.name in _MASKING)
     return found
+
+
+def alone(case: Case, x: Tensor, dy: Tensor, repeats: int = 15) -> float:
+    """Milliseconds of the six narrow products, each repeated with its operands in cache."""
+    rows, dy = x.detach().flatten(0, -2), dy.flatten(0, -2)
+    a = torch.randn(case.dim, case.in_features).to(case.dtype)
+    b = torch.randn(case.out_features, case.dim).to(case.dtype).t()
+    h = contract(rows, a, None)
+    dh, y, dx = expand_backward(dy, h, b, 1.0, None)[0], dy.clone(), rows.clone()
+    runs: tuple[Callable[[], object], ...] = (
+        lambda: contract(rows, a, None),
+        lambda: expand_(y, h, b, 1e-3, None),
+        lambda: expand_backward(dy, h, b, 1.0, None),
+        lambda: contract_backward(rows, dh, a, 1e-3, None, dx),
+    )
+    with torch.no_grad():
+        return sum(1e3 * statistics.median(seconds(run) for _ in range(repeats)) for run in runs)
 
 
 def _by_order(products: list[Any], dim: int) -> list[float]:
@@ -87,6 +108,7 @@ def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
         ours.append(1e3 * seconds(lambda: step(layers["ours"], x, dy)))
         found.append(parts(operators(layers["ours"], x, dy), case.dim))
     base, total = statistics.median(frozen), statistics.median(ours)
+    hot = alone(case, x, dy)
     medians = {part: statistics.median(f[part] for f in found) for part in found[0]}
     medians[_REST] = total - sum(medians.values())
     k, n, r = case.in_features, case.out_features, case.dim
@@ -109,6 +131,7 @@ def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
                 "of_the_frozen_step": round(ms / base, 4),
                 "frozen_milliseconds": round(base, 3),
                 "ours_milliseconds": round(total, 3),
+                "products_alone_milliseconds": round(hot, 3),
                 "machine": machine(),
                 "torch": torch.__version__,
             }
@@ -124,8 +147,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "step (forward and backward); in brackets what the product's FLOPs would take at the speed "
         "of the base's GEMMs.",
         "",
-        f"| cell | frozen ms | {' | '.join(names)} |",
-        "|---" * (len(names) + 2) + "|",
+        f"| cell | frozen ms | {' | '.join(names)} | six products alone |",
+        "|---" * (len(names) + 3) + "|",
     ]
     for cell, group in by_cell(rows).items():
         figures = []
@@ -137,7 +160,18 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             if ideal:
                 text += f" ({100 * ideal / row['frozen_milliseconds']:.1f})"
             figures.append(text)
-        lines.append(f"| {cell} | {group[0]['frozen_milliseconds']:.1f} | {' | '.join(figures)} |")
+        base, hot = group[0]["frozen_milliseconds"], group[0]["products_alone_milliseconds"]
+        figures.append(f"{100 * hot / base:.1f}")
+        lines.append(f"| {cell} | {base:.1f} | {' | '.join(figures)} |")
+    lines += [
+        "",
+        "Geometric means of a step with no other cost than these, over the frozen one:",
+        "",
+    ]
+    for dtype in dict.fromkeys(r["dtype"] for r in rows):
+        cells = [g[0] for g in by_cell(rows).values() if g[0]["dtype"] == dtype]
+        ratios = [1 + c["products_alone_milliseconds"] / c["frozen_milliseconds"] for c in cells]
+        lines.append(f"- {dtype}: {geometric_mean(ratios):.3f}")
     return "\n".join(lines) + "\n"
 
 

@@ -44,7 +44,7 @@ class DoctorReport:
         return all(check.status != "fail" for check in self.checks)
 
     def __getitem__(self, name: str) -> Check:
-        return next(check for check in self.checks if check.name == name)
+        return {check.name: check for check in self.checks}[name]
 
     def to_dict(self) -> dict[str, Any]:
         """The checks and the verdict, ready for JSON."""

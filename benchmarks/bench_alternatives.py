@@ -15,7 +15,6 @@ writes alternatives.csv and alternatives.md to benchmarks/results.
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from bench_linear import CPU_SHAPES, geometric_mean
 from bridge.peft import patch_linear_module, share_inputs
 from bridge.peft.ops.branch import contract, contract_backward, expand_backward
-from measure import machine, median_ratio, paired_times
+from measure import machine, median_ratio, paired_times, write_csv
 from peers import Case
 
 RESULTS = Path(__file__).parent / "results"
@@ -178,10 +177,7 @@ def main() -> None:
                 rows.append(compare("shared", case, several, count, args.budget))
                 print(rows[-1], flush=True)
     RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / "alternatives.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(RESULTS / "alternatives.csv", rows)
     text = markdown(rows)
     (RESULTS / "alternatives.md").write_text(text)
     print("\n" + text)

@@ -93,8 +93,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         f"Machine: {rows[0]['machine']}; torch {rows[0]['torch']}. Time of forward and backward "
         "over the frozen base's, medians of pairs.",
         "",
-        f"| geometric mean | floor | {' | '.join(names)} | target for ours | worst cell of ours over "
-        "the best peer |",
+        f"| geometric mean | floor | {' | '.join(names)} | target for ours | worst cell of ours "
+        "over the best peer |",
         "|---" * (len(names) + 4) + "|",
     ]
     for (dtype, p), group in groups.items():

@@ -14,7 +14,6 @@ writes merge.csv and merge.md to benchmarks/results (merge_quick.* with --quick)
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import random
@@ -33,7 +32,7 @@ import torch
 from bridge.peft.formats.adapter_file import AdapterFile, write_adapter
 from bridge.peft.merge_directory import merge_directory
 from bridge.peft.merge_directory.checkpoint import Entry, header_bytes
-from measure import machine
+from measure import machine, write_csv
 
 RESULTS = Path(__file__).parent / "results"
 RANK = 16
@@ -198,10 +197,7 @@ def main() -> None:
             print(rows[-1])
     RESULTS.mkdir(exist_ok=True)
     stem = "merge_quick" if args.quick else "merge"
-    with open(RESULTS / f"{stem}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(RESULTS / f"{stem}.csv", rows)
     (RESULTS / f"{stem}.md").write_text(markdown(rows))
     print(markdown(rows))
 

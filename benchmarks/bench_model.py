@@ -11,7 +11,6 @@ writes model.csv and model.md to benchmarks/results (model_quick.* with --quick:
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import tempfile
 import time
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bridge.peft import LoRA, load_adapter, merge, save_adapter, unmerge
-from measure import machine, median_ratio, paired_times
+from measure import machine, median_ratio, paired_times, write_csv
 
 RESULTS = Path(__file__).parent / "results"
 DIM, ALPHA, LAYERS = 16, 32, 24
@@ -203,10 +202,7 @@ def main() -> None:
     rows += files(models, layers)
     RESULTS.mkdir(exist_ok=True)
     name = "model" + "_cuda" * (DEVICE == "cuda") + "_quick" * args.quick
-    with (RESULTS / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(RESULTS / f"{name}.csv", rows)
     text = markdown(rows, layers)
     (RESULTS / f"{name}.md").write_text(text)
     print(text)

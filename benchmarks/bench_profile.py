@@ -15,7 +15,6 @@ writes profile.csv, profile.md and profile.png to benchmarks/results (profile_qu
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench_linear import CPU_SHAPES, geometric_mean
 from bridge.peft.ops.branch import contract, contract_backward, expand_, expand_backward
-from measure import machine, seconds, step
+from measure import machine, seconds, step, write_csv
 from peers import Case, available
 
 RESULTS = Path(__file__).parent / "results"
@@ -234,10 +233,7 @@ def main() -> None:
                     print(case, flush=True)
     RESULTS.mkdir(exist_ok=True)
     name = "profile_quick" if args.quick else "profile"
-    with (RESULTS / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(RESULTS / f"{name}.csv", rows)
     text = markdown(rows)
     (RESULTS / f"{name}.md").write_text(text)
     plot(rows, RESULTS / f"{name}.png")

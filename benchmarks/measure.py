@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +144,11 @@ def peak_bytes(layer: nn.Module, x: Tensor, dy: Tensor) -> int:
         now += change
         peak = max(peak, now)
     return peak
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows of the same keys, with a header."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

@@ -12,7 +12,12 @@ from torch.autograd import forward_ad
 
 from bridge.peft.ops.branch import Branch
 from bridge.peft.ops.dropout import SeededMask, draw_seed
-from bridge.peft.ops.fused import fused_add, fused_linear
+from bridge.peft.ops.fused import (
+    LoRAAddFunction,
+    LoRALinearFunction,
+    add_forward,
+    linear_forward,
+)
 from bridge.peft.ops.reference import add_branch, lora_branch_reference, lora_linear_reference
 from bridge.peft.ops.shared import LoRATensors, fused_shared
 
@@ -116,7 +121,10 @@ def lora_linear(
         return lora_linear_reference(x, weight, bias, lora_a, lora_b, scale, *drop)
     seed = draw_seed() if dropout > 0.0 else None
     branch = Branch(scale, dropout, dropout_position)
-    return fused_linear(x, weight, bias, lora_a, lora_b, seed, branch)
+    arguments = (x, weight, bias, lora_a, lora_b, seed, branch)
+    if torch.is_grad_enabled():
+        return LoRALinearFunction.apply(*arguments)
+    return linear_forward(*arguments)[0]
 
 
 def lora_add(
@@ -151,7 +159,10 @@ def lora_add(
         return add_branch(base_out, out)
     seed = draw_seed() if dropout > 0.0 else None
     branch = Branch(scale, dropout, dropout_position)
-    return fused_add(base_out, x, lora_a, lora_b, seed, branch)
+    arguments = (base_out, x, lora_a, lora_b, seed, branch)
+    if torch.is_grad_enabled():
+        return LoRAAddFunction.apply(*arguments)
+    return add_forward(*arguments)[0]
 
 
 def lora_linears(x: Tensor, layers: Sequence[LoRATensors]) -> tuple[Tensor, ...] | None:

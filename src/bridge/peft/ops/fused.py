@@ -17,49 +17,6 @@ from bridge.peft.ops.branch import Branch, contract, contract_backward, expand_,
 from bridge.peft.ops.reference import lora_branch_reference, lora_linear_reference
 
 
-def fused_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    seed: int | None,
-    branch: Branch,
-) -> Tensor:
-    """Return ``y = W x + b + s B A x``; without autograd's bookkeeping where gradients are off.
-
-    Args:
-        x: (..., in_features).
-        weight: (out_features, in_features).
-        bias: (out_features,) or None.
-        lora_a: (dim, in_features).
-        lora_b: (out_features, dim).
-        seed: Of the dropout mask, or None without dropout.
-        branch: The branch's settings.
-    """
-    if torch.is_grad_enabled():
-        return LoRALinearFunction.apply(x, weight, bias, lora_a, lora_b, seed, branch)
-    return _linear(x, weight, bias, lora_a, lora_b, seed, branch)[0]
-
-
-def fused_add(
-    base_out: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, seed: int | None, branch: Branch
-) -> Tensor:
-    """Return ``base_out + s B A x``; without autograd's bookkeeping where gradients are off.
-
-    Args:
-        base_out: (..., out_features).
-        x: (..., in_features).
-        lora_a: (dim, in_features).
-        lora_b: (out_features, dim).
-        seed: Of the dropout mask, or None without dropout.
-        branch: The branch's settings.
-    """
-    if torch.is_grad_enabled():
-        return LoRAAddFunction.apply(base_out, x, lora_a, lora_b, seed, branch)
-    return _add(base_out, x, lora_a, lora_b, seed, branch)[0]
-
-
 class LoRALinearFunction(torch.autograd.Function):
     """``y = W x + b + s B A x`` for a plain base; the branch is added into the base's result."""
 
@@ -75,7 +32,7 @@ class LoRALinearFunction(torch.autograd.Function):
         branch: Branch,
     ) -> Tensor:
         """Return y, (..., out_features), in the dtype of the base's result."""
-        y, h = _linear(x, weight, bias, lora_a, lora_b, seed, branch)
+        y, h = linear_forward(x, weight, bias, lora_a, lora_b, seed, branch)
         ctx.save_for_backward(x, weight, bias, lora_a, lora_b, h)
         ctx.seed, ctx.branch = seed, branch
         return y
@@ -112,7 +69,7 @@ class LoRAAddFunction(torch.autograd.Function):
         branch: Branch,
     ) -> Tensor:
         """Return y, of the shape and dtype of ``base_out``."""
-        y, h = _add(base_out, x, lora_a, lora_b, seed, branch)
+        y, h = add_forward(base_out, x, lora_a, lora_b, seed, branch)
         ctx.save_for_backward(x, lora_a, lora_b, h)
         ctx.seed, ctx.branch = seed, branch
         return y
@@ -133,7 +90,7 @@ class LoRAAddFunction(torch.autograd.Function):
         return dy, None if dx is None else dx.view(x.shape), da, db.t(), None, None
 
 
-def _linear(
+def linear_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -142,7 +99,7 @@ def _linear(
     seed: int | None,
     branch: Branch,
 ) -> tuple[Tensor, Tensor]:
-    """Return y, (..., out_features), and h, (tokens, dim)."""
+    """Return `LoRALinearFunction`'s y, (..., out_features), and h, (tokens, dim)."""
     rows = rows_of(x)
     pre, post, s = branch.masks(seed, rows, lora_b)
     # The narrow product comes first: it leaves x in cache for the wide one.
@@ -152,10 +109,10 @@ def _linear(
     return y, h
 
 
-def _add(
+def add_forward(
     base_out: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, seed: int | None, branch: Branch
 ) -> tuple[Tensor, Tensor]:
-    """Return y, (..., out_features), and h, (tokens, dim)."""
+    """Return `LoRAAddFunction`'s y, (..., out_features), and h, (tokens, dim)."""
     rows = rows_of(x)
     pre, post, s = branch.masks(seed, rows, lora_b)
     h = contract(rows, lora_a, pre)

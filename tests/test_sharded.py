@@ -50,6 +50,7 @@ def shard_and_compare(rank, directory):
         assert shard.requires_grad == tensor.requires_grad
         if tensor.grad is not None:
             torch.testing.assert_close(shard.grad.full_tensor(), tensor.grad)
+    dist.barrier()  # none may leave while the other still waits for it
     dist.destroy_process_group()
 
 

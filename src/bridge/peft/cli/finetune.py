@@ -149,4 +149,5 @@ def _may_overwrite(held: RunSpec | None, output: Path, *, asked: bool, demo: boo
 
 def _absolute(value: str) -> str:
     """A path as the run record keeps it; a Hub id stays as it is."""
-    return str(Path(value).resolve()) if Path(value).exists() else value
+    # an empty value, of an unset shell variable say, would be the current directory
+    return str(Path(value).resolve()) if value and Path(value).exists() else value

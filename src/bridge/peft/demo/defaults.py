@@ -18,7 +18,7 @@ class DemoTraining(TypedDict):
 
     learning_rate: float
     schedule: str
-    warmup_steps: int
+    warmup_steps: float
     steps: int
     batch_size: int
 
@@ -34,7 +34,7 @@ DEMO_LORA: Final[DemoLora] = {"target_modules": "all-linear", "dim": 8, "alpha":
 DEMO_TRAINING: Final[DemoTraining] = {
     "learning_rate": 3e-3,
     "schedule": "linear",
-    "warmup_steps": 40,
+    "warmup_steps": 0.2,  # below 1: a share of all steps
     "steps": 200,
     "batch_size": 64,
 }

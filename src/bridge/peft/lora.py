@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from bridge.peft.branch import (
 from bridge.peft.encoder_fast_path import keep_encoders_off_fast_path
 from bridge.peft.errors import AdapterError, TargetError
 from bridge.peft.initializers import derive_seed
-from bridge.peft.input_families import families, no_families, share_inputs
+from bridge.peft.input_families import share_inputs
 from bridge.peft.lora_layers import adapted_class, patch_with_options
 from bridge.peft.lora_mixin import LoRAMixin
 from bridge.peft.module_matcher import (
@@ -32,9 +31,9 @@ from bridge.peft.module_matcher import (
     match_targets,
     unwrap,
 )
-from bridge.peft.ops import Path, choose_path
+from bridge.peft.ops import choose_path
 from bridge.peft.orientation import features
-from bridge.peft.plan import Plan, PlanRow
+from bridge.peft.plan import Plan, PlanRow, with_shared_inputs
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -160,7 +159,7 @@ class LoRA:
         chosen, skipped = self._match(unwrap(model))
         rows = [self._row(candidate) for candidate in chosen]
         return Plan(
-            rows=tuple(self._shared(rows) if self.share_inputs else rows),
+            rows=tuple(with_shared_inputs(rows) if self.share_inputs else rows),
             not_adapted=tuple(skipped),
             base_parameters=_count_parameters(unwrap(model)),
         )
@@ -186,7 +185,7 @@ class LoRA:
             options.resolve_dtype(_weight(candidate).dtype)
         seed = int(torch.randint(2**62, (), device="cpu")) if self.seed is None else self.seed
         if self.share_inputs:
-            self._shared([self._row(candidate) for candidate in chosen])
+            with_shared_inputs([self._row(candidate) for candidate in chosen])  # or an error
         patch_in_place(root, [(c.module, o, derive_seed(seed, c.fqn)) for c, o in planned])
         if self.share_inputs:
             share_inputs(model)
@@ -202,24 +201,6 @@ class LoRA:
                         f"to adapt{did_you_mean(entry, chosen)}"
                     )
         return chosen, skipped
-
-    def _shared(self, rows: list[PlanRow]) -> list[PlanRow]:
-        """The rows with their path where siblings read one input; `TargetError` if none do."""
-        plain = {row.fqn: row.in_features for row in rows if row.path == "fused"}
-        found = families(plain)
-        if not found:
-            raise no_families(len(plain))
-        paths = {
-            fqn: Path.shared([other for other in siblings if other != fqn])
-            for siblings in found
-            for fqn in siblings
-        }
-        return [
-            dataclasses.replace(row, path=paths[row.fqn].name, reason=paths[row.fqn].reason)
-            if row.fqn in paths
-            else row
-            for row in rows
-        ]
 
     def _row(self, candidate: Candidate) -> PlanRow:
         options = self.options_for(candidate)

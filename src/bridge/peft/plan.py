@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from bridge.peft.input_families import families, no_families
 from bridge.peft.module_matcher import Skipped
+from bridge.peft.ops import Path
 from bridge.peft.text_table import table
 
 _SAFETENSORS_DTYPES = {
@@ -161,6 +163,32 @@ class Plan:
                 (_starred(item.fqn), item.base_type, item.reason) for item in self.not_adapted
             ).items():
                 yield f"  {name}{_times(count)} ({kind}): {reason}"
+
+
+def with_shared_inputs(rows: Sequence[PlanRow]) -> list[PlanRow]:
+    """The rows with their path where siblings read one input.
+
+    Args:
+        rows: Of the modules to adapt.
+
+    Raises:
+        TargetError: No siblings do.
+    """
+    plain = {row.fqn: row.in_features for row in rows if row.path == "fused"}
+    found = families(plain)
+    if not found:
+        raise no_families(len(plain))
+    paths = {
+        fqn: Path.shared([other for other in siblings if other != fqn])
+        for siblings in found
+        for fqn in siblings
+    }
+    return [
+        dataclasses.replace(row, path=paths[row.fqn].name, reason=paths[row.fqn].reason)
+        if row.fqn in paths
+        else row
+        for row in rows
+    ]
 
 
 def _starred(fqn: str) -> str:

@@ -28,7 +28,7 @@ format: $(VENV)/.dev ## apply ruff's formatting and fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.dev ## CPU benchmarks against the peers (about 25 minutes; QUICK=1 for a minute)
+bench: $(VENV)/.dev ## CPU benchmarks against the peers (about 16 minutes; QUICK=1 for three)
 	$(BIN)/python benchmarks/bench_linear.py $(if $(QUICK),--quick)
 	$(BIN)/python benchmarks/bench_model.py $(if $(QUICK),--quick)
 

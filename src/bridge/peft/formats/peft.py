@@ -83,8 +83,8 @@ def load_adapter(model: Model, directory: str | Path, *, strict: bool = False) -
             a, b = adapter.tensors[fqn]
             module.lora_a.weight.copy_(a)
             module.lora_b.weight.copy_(b)
-    new = adapter.whole.keys() - adapter.base_weights
-    replace_parameters(root, {name: adapter.whole[name] for name in adapter.whole if name in new})
+    old = adapter.base_weights
+    replace_parameters(root, {name: t for name, t in adapter.whole.items() if name not in old})
     return model
 
 

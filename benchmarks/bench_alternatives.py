@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from bench_linear import CPU_SHAPES, geometric_mean
 from bridge.peft import patch_linear_module, share_inputs
-from bridge.peft.ops.branch import contract, contract_backward, expand_backward
+from bridge.peft.ops.products import contract, contract_backward, expand_backward
 from measure import machine, median_ratio, paired_times, write_csv
 from peers import Case
 

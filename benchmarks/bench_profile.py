@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from bench_linear import CPU_SHAPES, geometric_mean
-from bridge.peft.ops.branch import contract, contract_backward, expand_, expand_backward
+from bridge.peft.ops.products import contract, contract_backward, expand_, expand_backward
 from measure import machine, seconds, step, write_csv
 from peers import Case, available
 

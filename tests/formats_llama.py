@@ -7,8 +7,8 @@ import copy
 import torch
 
 from bridge.peft import LoRA, adapter_state_dict
-from bridge.peft.formats.describe import adapter_of
-from bridge.peft.formats.layout import AttentionLayout
+from bridge.peft.formats.convert.layout import AttentionLayout
+from bridge.peft.formats.peft.describe import adapter_of
 from tests import models
 
 #: 4 heads of 8 in 2 groups: what `tests.models` builds.

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from bridge.peft import AdapterError
-from bridge.peft.cli.training.data import Row, data_digest, read_jsonl, rows_of, shape_of
-from bridge.peft.cli.training.samples import IGNORED, Sample, fit_length, tokenize
+from bridge.peft.finetune.data import Row, data_digest, read_jsonl, rows_of, shape_of
+from bridge.peft.finetune.samples import IGNORED, Sample, fit_length, tokenize
 from tests.cli_fixtures import TEMPLATE, UNMARKED_TEMPLATE, char_tokenizer, write_rows
 
 

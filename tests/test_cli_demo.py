@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from bridge.peft.cli.training import demo as demo_run
-from bridge.peft.cli.training.record import checkpoints
 from bridge.peft.demo import DEMO_LORA, DEMO_TRAINING, base_model_dir
+from bridge.peft.finetune import demo as demo_run
+from bridge.peft.finetune.record import checkpoints
 from tests.cli_fixtures import (
     files_in,
     finetune,

@@ -14,10 +14,10 @@ import torch
 import transformers
 
 from bridge.peft import AdapterError, LoRA, load_adapter
-from bridge.peft.cli.training import disk, report
-from bridge.peft.cli.training import metrics as run_metrics
-from bridge.peft.cli.training.options import TrainingOptions, total_steps
-from bridge.peft.cli.training.record import checkpoints
+from bridge.peft.finetune import disk, report
+from bridge.peft.finetune import metrics as run_metrics
+from bridge.peft.finetune.options import TrainingOptions, total_steps
+from bridge.peft.finetune.record import checkpoints
 from tests.cli_fixtures import (
     TEMPLATE,
     UNMARKED_TEMPLATE,

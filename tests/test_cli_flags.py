@@ -12,8 +12,9 @@ import typer
 
 from bridge.peft import AdapterError, LoRA
 from bridge.peft.cli import app
-from bridge.peft.cli.flags import flags_of, parse_dtype, takes_fields_of
-from bridge.peft.cli.training.options import TrainingOptions
+from bridge.peft.cli.flags import flags_of, takes_fields_of
+from bridge.peft.dtypes import parse_dtype
+from bridge.peft.finetune.options import TrainingOptions
 
 LORA_FLAGS = [
     "--target-modules",

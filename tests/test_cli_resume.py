@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from bridge.peft import AdapterError
-from bridge.peft.cli.training import callbacks
-from bridge.peft.cli.training.record import (
+from bridge.peft.finetune import callbacks
+from bridge.peft.finetune.record import (
     check_same_run,
     checkpoints,
     continue_spec,

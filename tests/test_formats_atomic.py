@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from bridge.peft.errors import AdapterError
-from bridge.peft.formats.atomic import COMMITTED, current_path, write_files
+from bridge.peft.formats.files.atomic import COMMITTED, current_path, write_files
 
 NAMES = ("adapter_config.json", "adapter_model.safetensors", "bridge_adapter.json")
 OLD = {name: f"old {name}".encode() for name in NAMES}
@@ -30,7 +30,7 @@ def hidden(directory):
 _DIE = """
     import os, sys
     from pathlib import Path
-    from bridge.peft.formats.atomic import write_files
+    from bridge.peft.formats.files.atomic import write_files
     calls, at = 0, int(sys.argv[2])
     def deadly(function):
         def call(*args, **kwargs):
@@ -79,7 +79,7 @@ _FULL_DISK = """
     import resource, signal, sys
     from pathlib import Path
     from bridge.peft.errors import AdapterError
-    from bridge.peft.formats.atomic import write_files
+    from bridge.peft.formats.files.atomic import write_files
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
     try:

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from bridge.peft import adapter_state_dict, load_adapter, save_adapter
 from bridge.peft.errors import AdapterError
-from bridge.peft.formats.convert import convert_adapter, detect_format
-from bridge.peft.formats.layout import AttentionLayout
+from bridge.peft.formats.convert.adapters import convert_adapter, detect_format
+from bridge.peft.formats.convert.layout import AttentionLayout
 from bridge.peft.formats.peft import read_adapter
 from tests.formats_llama import LAYOUT, adapted, base
 

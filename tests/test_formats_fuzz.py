@@ -20,7 +20,7 @@ from torch import nn
 
 from bridge.peft import LoRA, adapter_state_dict, load_adapter, save_adapter
 from bridge.peft.errors import AdapterError
-from bridge.peft.formats.convert import convert_adapter
+from bridge.peft.formats.convert.adapters import convert_adapter
 from tests.formats_llama import LAYOUT, adapted
 from tests.formats_mutations import mutate
 

@@ -24,9 +24,9 @@ from bridge.peft import (
     save_adapter,
 )
 from bridge.peft.errors import AlreadyAdaptedError
-from bridge.peft.formats.convert import convert_adapter
+from bridge.peft.formats.convert.adapters import convert_adapter
+from bridge.peft.formats.files.safetensors_file import serialize
 from bridge.peft.formats.peft import read_adapter
-from bridge.peft.formats.safetensors_file import serialize
 from tests import models
 
 CONFIG, TENSORS, SIDE = "adapter_config.json", "adapter_model.safetensors", "bridge_adapter.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bridge.peft.formats.low_rank import norm, relative_difference, singular_values, truncated
+from bridge.peft.low_rank import norm, relative_difference, singular_values, truncated
 
 SHAPES = [(3, 7, 5), (1, 4, 4), (6, 4, 9), (6, 9, 4)]
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridge.peft.errors import AdapterFileError
-from bridge.peft.formats.names import Pattern
-from bridge.peft.formats.safe_regex import BoundedRegex, Budget
+from bridge.peft.formats.peft.names import Pattern
+from bridge.peft.formats.peft.safe_regex import BoundedRegex, Budget
 
 _atoms = st.sampled_from(
     ["a", "b", ".", r"\.", r"\d", "[ab]", "[^a]", r"\w", r"\W", r"\b", r"\B", "^", "$", "[a-c1]"]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bridge.peft.errors import AdapterError, AdapterFileError
-from bridge.peft.formats.layout import AttentionLayout, interleave_halves, part_halves
-from bridge.peft.formats.torchtune import from_torchtune, to_torchtune
+from bridge.peft.formats.convert.layout import AttentionLayout, interleave_halves, part_halves
+from bridge.peft.formats.convert.torchtune import from_torchtune, to_torchtune
 from tests.formats_llama import LAYOUT, adapted, file_of, updates
 
 QWEN = dataclasses.replace(LAYOUT, interleaved=False)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from bridge.peft import LoRA
-from bridge.peft.initializers import derive_seed
+from bridge.peft.branch.initializers import derive_seed
 
 
 class Body(nn.Module):

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from bridge.peft import AdapterError, LoRA, merge, merge_math, save_adapter
 from bridge.peft.formats.peft import AdapterFile, read_adapter, write_adapter
-from bridge.peft.merge_directory import directory as merge_module
-from bridge.peft.merge_directory import merge_directory, stream, worker
-from bridge.peft.merge_directory.checkpoint import Entry, header_bytes, read_checkpoint
+from bridge.peft.merging.directory import merge as merge_module
+from bridge.peft.merging.directory import merge_directory, stream, worker
+from bridge.peft.merging.directory.checkpoint import Entry, header_bytes, read_checkpoint
 from tests import models
 
 transformers.utils.logging.disable_progress_bar()
@@ -581,9 +581,9 @@ def test_an_interrupted_merge_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
 KILLED = """
 import os, signal, sys
-from bridge.peft.merge_directory import directory, merge_directory
+from bridge.peft.merging.directory import merge, merge_directory
 
-real, written = directory.write_shard, []
+real, written = merge.write_shard, []
 
 def write(path, *args, **options):
     if len(written) == 2:
@@ -592,7 +592,7 @@ def write(path, *args, **options):
     written.append(path)
     return real(path, *args, **options)
 
-directory.write_shard = write
+merge.write_shard = write
 merge_directory(sys.argv[1], [(sys.argv[2], 1.0)], sys.argv[3])
 """
 
@@ -701,7 +701,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 import torch
-from bridge.peft.merge_directory import merge_directory
+from bridge.peft.merging.directory import merge_directory
 
 def status(field):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -22,9 +22,9 @@ from bridge.peft import (
     merging,
     unmerge,
 )
-from bridge.peft.merge_math import Scratch, Update, merge_rows
-from bridge.peft.merge_report import MergeReport, MergeRow
-from bridge.peft.merging import merge_weight
+from bridge.peft.merging.in_memory import merge_weight
+from bridge.peft.merging.report import MergeReport, MergeRow
+from bridge.peft.merging.rounding import Scratch, Update, merge_rows
 from tests import models
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -11,8 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from bridge.peft import LoRA, adapter_state_dict, disable_adapters, merge, unmerge
+from bridge.peft.branch.orientation import features, is_transposed
 from bridge.peft.lora_layers import patch_linear_module
-from bridge.peft.orientation import features, is_transposed
 from tests import models
 
 

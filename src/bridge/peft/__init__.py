@@ -8,10 +8,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from bridge.peft.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from bridge.peft.adapter_wrapper import AdapterWrapper
     from bridge.peft.errors import AdapterError
-    from bridge.peft.formats.peft import load_adapter, save_adapter
+    from bridge.peft.formats.peft.model import load_adapter, save_adapter
     from bridge.peft.input_families import share_inputs
     from bridge.peft.lora import LoRA, adapter_state_dict
     from bridge.peft.lora_layers import (
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
         TELinearAdapter,
         patch_linear_module,
     )
-    from bridge.peft.merging import disable_adapters, merge, unmerge
+    from bridge.peft.merging.in_memory import disable_adapters, merge, unmerge
 
 _HOME = {
     "AdapterError": "errors",
@@ -30,13 +32,13 @@ _HOME = {
     "LoRALinear": "lora_layers",
     "TELinearAdapter": "lora_layers",
     "adapter_state_dict": "lora",
-    "disable_adapters": "merging",
-    "load_adapter": "formats.peft",
-    "merge": "merging",
+    "disable_adapters": "merging.in_memory",
+    "load_adapter": "formats.peft.model",
+    "merge": "merging.in_memory",
     "patch_linear_module": "lora_layers",
-    "save_adapter": "formats.peft",
+    "save_adapter": "formats.peft.model",
     "share_inputs": "input_families",
-    "unmerge": "merging",
+    "unmerge": "merging.in_memory",
 }
 
 __all__ = [
@@ -55,8 +57,6 @@ __all__ = [
     "share_inputs",
     "unmerge",
 ]
-
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

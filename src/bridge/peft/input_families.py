@@ -8,7 +8,7 @@ from torch import nn
 
 from bridge.peft.errors import TargetError
 from bridge.peft.lora_layers import LinearAdapter
-from bridge.peft.module_matcher import adapted_modules
+from bridge.peft.model.walk import adapted_modules
 from bridge.peft.shared_input import SharedInput
 
 #: Names of siblings that read one input.

@@ -10,30 +10,24 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from bridge.peft.branch import (
+from bridge.peft.branch.initializers import derive_seed
+from bridge.peft.branch.mixin import LoRAMixin
+from bridge.peft.branch.options import (
     BranchOptions,
     DropoutPosition,
     InitMethod,
     check_alpha,
     check_dim,
 )
-from bridge.peft.encoder_fast_path import keep_encoders_off_fast_path
+from bridge.peft.branch.orientation import features
 from bridge.peft.errors import AdapterError, TargetError
-from bridge.peft.initializers import derive_seed
 from bridge.peft.input_families import share_inputs
 from bridge.peft.lora_layers import adapted_class, patch_with_options
-from bridge.peft.lora_mixin import LoRAMixin
-from bridge.peft.module_matcher import (
-    ALL_LINEAR,
-    Candidate,
-    adapted_modules,
-    did_you_mean,
-    match_targets,
-    unwrap,
-)
+from bridge.peft.model.encoder_fast_path import keep_encoders_off_fast_path
+from bridge.peft.model.walk import adapted_modules, unwrap
 from bridge.peft.ops import choose_path
-from bridge.peft.orientation import features
 from bridge.peft.plan import Plan, PlanRow, with_shared_inputs
+from bridge.peft.targets import ALL_LINEAR, Candidate, did_you_mean, match_targets
 
 Model = TypeVar("Model", bound=nn.Module)
 

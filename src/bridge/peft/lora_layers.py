@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from bridge.peft._optional import HAVE_TE, TELinear
-from bridge.peft.adaptable import check_adaptable, te_constructor_arguments
 from bridge.peft.adapter_wrapper import AdapterWrapper, split_base_result
-from bridge.peft.branch import BranchOptions, DropoutPosition, InitMethod
+from bridge.peft.branch.adaptable import check_adaptable, te_constructor_arguments
+from bridge.peft.branch.mixin import LoRAMixin, TransposedAdapter, add_branch
+from bridge.peft.branch.options import BranchOptions, DropoutPosition, InitMethod
+from bridge.peft.branch.orientation import is_transposed
 from bridge.peft.errors import MissingExtraError, UnsupportedLinearError
-from bridge.peft.lora_mixin import LoRAMixin, TransposedAdapter, add_branch
 from bridge.peft.ops import Path, lora_linear
-from bridge.peft.orientation import is_transposed
 from bridge.peft.shared_input import SharedInput
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from bridge.peft.input_families import families, no_families
-from bridge.peft.module_matcher import Skipped
 from bridge.peft.ops import Path
+from bridge.peft.targets import Skipped
 from bridge.peft.text_table import table
 
 _SAFETENSORS_DTYPES = {

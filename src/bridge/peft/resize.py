@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bridge.peft.branch import check_dim
+from bridge.peft.branch.initializers import derive_seed, initialize
+from bridge.peft.branch.options import check_dim
 from bridge.peft.errors import AdapterError
-from bridge.peft.formats.low_rank import truncated
 from bridge.peft.formats.peft import AdapterFile
-from bridge.peft.formats.peft_config import MAX_RANK, scale_of
-from bridge.peft.formats.peft_targets import most_common_and_exceptions
-from bridge.peft.formats.side_file import branch_settings
-from bridge.peft.initializers import derive_seed, initialize
+from bridge.peft.formats.peft.config import MAX_RANK, scale_of
+from bridge.peft.formats.peft.side_file import branch_settings
+from bridge.peft.formats.peft.targets import most_common_and_exceptions
+from bridge.peft.low_rank import truncated
 from bridge.peft.text_table import table
 
 

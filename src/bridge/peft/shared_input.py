@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bridge.peft.lora_mixin import LoRAMixin
+from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.ops import LoRATensors, lora_linears
 
 

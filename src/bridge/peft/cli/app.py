@@ -16,9 +16,9 @@ from typing import Annotated, Any
 
 import typer
 
-from bridge.peft import __version__
 from bridge.peft.cli.interrupts import quit_on_interrupt
 from bridge.peft.errors import AdapterError, MissingExtraError, UnsupportedLinearError
+from bridge.peft.version import __version__
 
 COMMANDS = {
     "finetune": "Train an adapter on your data, or run the embedded demo.",

@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from bridge.peft.errors import AdapterError
-from bridge.peft.formats.convert import TARGETS, Conversion, convert_adapter
-from bridge.peft.formats.layout import AttentionLayout
+from bridge.peft.formats.convert.adapters import TARGETS, Conversion, convert_adapter
+from bridge.peft.formats.convert.layout import AttentionLayout
 from bridge.peft.text_table import table
 
 

@@ -38,7 +38,7 @@ def command(
         # transformers takes seconds to import, so only where a model is asked for
         import torch
 
-        from bridge.peft.cli.models import load_config, load_model
+        from bridge.peft.finetune.models import load_config, load_model
 
         base = load_model(model, getattr(load_config(model), "dtype", None) or torch.float32)
     with warnings.catch_warnings():

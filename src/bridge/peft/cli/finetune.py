@@ -13,16 +13,16 @@ from rich.console import Console
 from bridge.peft import LoRA
 from bridge.peft.cli.flags import takes_fields_of
 from bridge.peft.cli.interrupts import quit_on_interrupt
-from bridge.peft.cli.training.options import TrainingOptions
-from bridge.peft.cli.training.record import (
+from bridge.peft.demo import DEMO_LORA, DEMO_TRAINING, base_model_dir
+from bridge.peft.errors import AdapterError
+from bridge.peft.finetune.options import TrainingOptions
+from bridge.peft.finetune.record import (
     RunSpec,
     checkpoints,
     continue_spec,
     existing_run,
     is_finished,
 )
-from bridge.peft.demo import DEMO_LORA, DEMO_TRAINING, base_model_dir
-from bridge.peft.errors import AdapterError
 
 _DEMO_OUTPUT = Path("runs/demo")
 
@@ -75,7 +75,7 @@ def _run(
 ) -> int:
     # transformers, TRL and matplotlib: seconds to import, so only once the flags make sense
     with quit_on_interrupt(), console.status("Loading transformers and TRL"):
-        from bridge.peft.cli.training import demo, run
+        from bridge.peft.finetune import demo, run
 
     if dry:
         run.dry_run(spec, output, console)

@@ -17,14 +17,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from bridge.peft.dtypes import parse_dtype
 from bridge.peft.errors import AdapterError
-
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,18 +101,6 @@ def flags_of(group: type, *, skip: Sequence[str] = ()) -> list[Flag]:
                 )
             )
     return flags
-
-
-def parse_dtype(word: str) -> torch.dtype:
-    """Turn `bfloat16` into `torch.bfloat16`.
-
-    Raises:
-        AdapterError: no such floating dtype.
-    """
-    name = word.removeprefix("torch.")
-    if name not in _DTYPES:
-        raise AdapterError(f"unknown dtype {word!r}; pass one of {', '.join(_DTYPES)}")
-    return _DTYPES[name]
 
 
 def _reading(name: str, hint: Any) -> tuple[Any, Callable[[Any], Any], str | None]:

@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 from rich.progress import TransferSpeedColumn as Speed
 
-from bridge.peft.cli.flags import parse_dtype
+from bridge.peft.dtypes import parse_dtype
 from bridge.peft.errors import AdapterError
-from bridge.peft.merge_directory import merge_directory
-from bridge.peft.merge_directory.directory import Progress as Report
+from bridge.peft.merging.directory import merge_directory
+from bridge.peft.merging.directory.merge import Progress as Report
 
 #: A merge that takes no longer than this shows no progress bar.
 _QUIET_SECONDS = 2.0

@@ -28,7 +28,7 @@ def command(
     """
     recipe = LoRA(**lora)
     # transformers takes seconds to import, so only once the flags make sense
-    from bridge.peft.cli.models import load_config, meta_model
+    from bridge.peft.finetune.models import load_config, meta_model
 
     plan = recipe.plan(meta_model(load_config(model), model))
     print(json.dumps(plan.to_dict(), indent=2) if as_json else plan)

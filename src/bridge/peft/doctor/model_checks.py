@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bridge.peft.branch import TRAINABLE_DTYPES
+from bridge.peft.branch.mixin import LoRAMixin
+from bridge.peft.branch.options import TRAINABLE_DTYPES
+from bridge.peft.branch.orientation import features
 from bridge.peft.doctor.report import Check, Status, some
 from bridge.peft.errors import AdapterError
 from bridge.peft.formats.peft import read_adapter, save_adapter
 from bridge.peft.lora import adapter_state_dict
-from bridge.peft.lora_mixin import LoRAMixin
-from bridge.peft.merge_math import all_finite
-from bridge.peft.merge_report import LOST
-from bridge.peft.merging import base_weight, disable_adapters, merge_weight
-from bridge.peft.orientation import features
+from bridge.peft.merging.in_memory import base_weight, disable_adapters, merge_weight
+from bridge.peft.merging.report import LOST
+from bridge.peft.merging.rounding import all_finite
 
 Layers = dict[str, LoRAMixin]
 _ROWS = 4

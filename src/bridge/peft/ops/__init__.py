@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from bridge.peft.ops.branch import Branch
 from bridge.peft.ops.dropout import SeededMask, draw_seed
 from bridge.peft.ops.fused import (
     LoRAAddFunction,
@@ -18,6 +17,7 @@ from bridge.peft.ops.fused import (
     add_forward,
     linear_forward,
 )
+from bridge.peft.ops.products import Branch
 from bridge.peft.ops.reference import add_branch, lora_branch_reference, lora_linear_reference
 from bridge.peft.ops.shared import LoRATensors, fused_shared
 

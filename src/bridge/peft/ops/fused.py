@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bridge.peft.ops.branch import Branch, contract, contract_backward, expand_, expand_backward
+from bridge.peft.ops.products import Branch, contract, contract_backward, expand_, expand_backward
 from bridge.peft.ops.reference import lora_branch_reference, lora_linear_reference
 
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bridge.peft.ops.branch import contract, contract_backward, expand_, expand_backward
 from bridge.peft.ops.fused import plain_linear, rows_of
+from bridge.peft.ops.products import contract, contract_backward, expand_, expand_backward
 from bridge.peft.ops.reference import lora_linear_reference
 
 

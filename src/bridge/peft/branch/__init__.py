@@ -1,0 +1,1 @@
+"""A branch on one module: its options, matrices, classes, and what can take one."""

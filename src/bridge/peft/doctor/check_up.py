@@ -1,0 +1,125 @@
+"""A check-up of a model, an adapter, or the two together: pass, warn or fail, with the mend."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bridge.peft.branch.mixin import LoRAMixin
+from bridge.peft.branch.options import TRAINABLE_DTYPES
+from bridge.peft.doctor.model_checks import model_checks
+from bridge.peft.doctor.report import Check, DoctorReport, some
+from bridge.peft.doctor.tensor_checks import tensor_checks
+from bridge.peft.errors import AdapterError
+from bridge.peft.formats.peft import AdapterFile, load_adapter, read_adapter
+from bridge.peft.formats.peft.fingerprint import differences
+from bridge.peft.formats.peft.fit import plan_load
+from bridge.peft.lora import LoRA
+from bridge.peft.merging.in_memory import base_weight
+from bridge.peft.model.walk import adapted_modules, base_modules, unwrap
+
+__all__ = ["Check", "DoctorReport", "doctor"]
+
+
+def doctor(model: nn.Module | None = None, adapter: str | Path | None = None) -> DoctorReport:
+    """Check a model, an adapter directory, or whether the two fit; changes nothing.
+
+    Args:
+        model: A model, possibly wrapped. Of one that is not adapted yet a deep copy is adapted
+            (with `adapter`, or with a fresh `LoRA()`), which takes its memory once more.
+        adapter: A PEFT adapter directory.
+
+    Returns:
+        A report; `print(report)` is a table, `report.healthy` is False if a check failed.
+
+    Raises:
+        AdapterError: Neither was given.
+
+    Example:
+        >>> report = doctor(model)
+        >>> print(report)
+    """
+    if model is None and adapter is None:
+        raise AdapterError("doctor needs a model, an adapter directory, or both")
+    checks: list[Check] = []
+    root = None if model is None else unwrap(model)
+    if adapter is not None:
+        checks += _file_checks(adapter, root)
+    if root is not None and all(check.status != "fail" for check in checks):
+        checks += _model_checks(root, adapter)
+    return DoctorReport(tuple(checks))
+
+
+def _file_checks(directory: str | Path, model: nn.Module | None) -> list[Check]:
+    try:
+        file = read_adapter(directory)
+    except AdapterError as error:
+        return [Check("file", "fail", str(error), "save or download the adapter again")]
+    checks = [Check("file", "pass", f"{len(file.tensors)} modules, safetensors and config agree")]
+    checks += tensor_checks(file.tensors)
+    if model is not None:
+        checks += [_fits(file, model), _same_base(file, model)]
+    return checks
+
+
+def _fits(file: AdapterFile, model: nn.Module) -> Check:
+    name = "keys and shapes"
+    try:
+        planned, _ = plan_load(file, model)
+    except AdapterError as error:
+        return Check(name, "fail", str(error), "load it on the model that it was trained on")
+    return Check(name, "pass", f"all {len(planned)} modules of the file fit the model")
+
+
+def _same_base(file: AdapterFile, model: nn.Module) -> Check:
+    name = "fingerprint of the base"
+    stored = file.extra.get("base")
+    if not stored:
+        return Check(name, "skip", "the file does not say which base it was trained on")
+    if found := differences(stored, base_modules(model)):
+        detail = f"{found[0]} ({len(found)} of {len(stored)} differ)"
+        return Check(name, "warn", detail, "load the base model that the adapter was trained on")
+    return Check(name, "pass", "the base is the one that the adapter was trained on")
+
+
+def _model_checks(model: nn.Module, adapter: str | Path | None) -> list[Check]:
+    checks: list[Check] = []
+    if next(adapted_modules(model), None) is None:
+        model = copy.deepcopy(model)
+        if adapter is None:
+            detail = "the model carries none; what follows is of a fresh LoRA() on a copy"
+            checks.append(Check("adapters", "warn", detail, "LoRA(...)(model) adapts it"))
+            LoRA(lora_dtype=_lora_dtype(model))(model)
+        else:
+            load_adapter(model, adapter)
+    modules = dict(adapted_modules(model))
+    layers = {fqn: m for fqn, m in modules.items() if isinstance(m, LoRAMixin)}
+    if wrapped := modules.keys() - layers.keys():
+        detail = f"{len(wrapped)} modules wrap their base (LoRALinear); only their names are known"
+        checks.append(Check("wrapped modules", "skip", detail))
+    if not layers:
+        return checks
+    if empty := [fqn for fqn, layer in layers.items() if _is_meta(layer)]:
+        detail = f"on the meta device, without values: {some(empty, len(layers))}"
+        return [*checks, Check("state", "fail", detail, "load the weights first")]
+    if adapter is None:
+        pairs = {f: (m.lora_a.weight.detach(), m.lora_b.weight.detach()) for f, m in layers.items()}
+        checks += tensor_checks(pairs)
+        if any(check.status == "fail" for check in checks):
+            # NaN in A or B would fail the checks that compute, each with a mend of its own
+            return [*checks, Check("forward and backward", "skip", "the values are not finite")]
+    return checks + model_checks(model, layers)
+
+
+def _is_meta(layer: LoRAMixin) -> bool:
+    return any(p.is_meta for p in (base_weight(layer), *layer.adapter_parameters().values()))
+
+
+def _lora_dtype(model: nn.Module) -> torch.dtype | None:
+    """What a quantised base needs to be told."""
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    quantised = any(m.weight.dtype not in TRAINABLE_DTYPES for m in linears)
+    return torch.bfloat16 if quantised else None

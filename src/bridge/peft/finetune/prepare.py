@@ -1,0 +1,207 @@
+"""What a run needs before a weight is loaded: samples, the plan, and what would go wrong."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bridge.peft.demo import DEMO_EXAMPLES, word_examples
+from bridge.peft.errors import AdapterError
+from bridge.peft.finetune.data import (
+    Row,
+    Shape,
+    data_digest,
+    read_jsonl,
+    rows_of,
+    shape_of,
+)
+from bridge.peft.finetune.models import (
+    length_limit,
+    load_config,
+    load_tokenizer,
+    meta_model,
+    quiet_imports,
+)
+from bridge.peft.finetune.options import TrainingOptions, total_steps
+from bridge.peft.finetune.record import RunSpec
+from bridge.peft.finetune.samples import Sample, Tokenizer, fit_length, tokenize
+
+with quiet_imports():
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from bridge.peft.plan import Plan
+
+_DEFAULT_MAX_LENGTH = 1024
+_MOST_HELD_OUT = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A checked run, ready to load weights.
+
+    Attributes:
+        tokenizer: of the model.
+        train: samples to learn.
+        evaluation: samples to evaluate on; may be empty.
+        plan: what will be adapted.
+        digests: of the data, by name.
+        notes: lines that tell what was decided for the user.
+    """
+
+    tokenizer: Tokenizer
+    train: list[Sample]
+    evaluation: list[Sample]
+    plan: Plan
+    digests: dict[str, str]
+    notes: list[str]
+
+
+def prepare(spec: RunSpec) -> Prepared:
+    """Read and check the data, the model's configuration and the recipe; writes nothing.
+
+    Raises:
+        AdapterError: any of the things a user can mend.
+    """
+    train_rows, eval_rows = _rows(spec)
+    shape = shape_of(train_rows)
+    if eval_rows and (other := shape_of(eval_rows)) != shape:
+        raise AdapterError(
+            f"the data has {shape} columns but the evaluation data has {other}; give both the same"
+        )
+    config = load_config(spec.model)
+    # the plan knows every target, so a mistaken one is told before any weight is loaded
+    plan = spec.lora.plan(meta_model(config, spec.model))
+    tokenizer = load_tokenizer(spec.model)
+    notes = []
+    template, note = _chat_template(tokenizer, shape, spec.model)
+    notes += [note] if note else []
+    limit = _max_length(spec.options, config)
+    splits: list[list[Sample]] = []
+    for rows in (train_rows, eval_rows):
+        samples = tokenize(rows, shape, tokenizer, template)
+        _check_vocabulary(samples, config, spec.model)
+        if samples:
+            samples, note = fit_length(
+                samples, limit, spec.options.on_long, limit=length_limit(config)
+            )
+            notes += [note] if note else []
+        splits.append(samples)
+    train, evaluation = splits
+    if not evaluation:
+        train, evaluation, note = _hold_out(train, spec.options)
+        notes.append(note)
+    _check_warmup(spec.options, len(train))
+    if tokenizer.eos_token_id is None:
+        notes.append("the tokenizer has no end-of-sequence token: samples are not closed by one")
+    digests = {"data": data_digest(train_rows)}
+    if eval_rows:
+        digests["evaluation data"] = data_digest(eval_rows)
+    return Prepared(
+        tokenizer=tokenizer,
+        train=train,
+        evaluation=evaluation,
+        plan=plan,
+        digests=digests,
+        notes=notes,
+    )
+
+
+def base_dtype(options: TrainingOptions) -> torch.dtype:
+    """Return the dtype the base weights are loaded in.
+
+    Raises:
+        AdapterError: float16 on a machine that cannot train in it.
+    """
+    on_cuda = torch.cuda.is_available()
+    if options.dtype == "float16" and not on_cuda:
+        raise AdapterError("--dtype float16 trains on CUDA only; pass bfloat16 or float32")
+    if options.dtype is None:
+        return torch.bfloat16 if on_cuda else torch.float32
+    return getattr(torch, options.dtype)
+
+
+def _check_warmup(options: TrainingOptions, samples: int) -> None:
+    steps = total_steps(options, samples, processes=int(os.environ.get("WORLD_SIZE", "1")))
+    if options.warmup >= steps:
+        raise AdapterError(
+            f"--warmup is {options.warmup:g} steps and the run has {steps}, so it would never "
+            "reach its learning rate; pass fewer, or a share of the run below 1"
+        )
+
+
+def _rows(spec: RunSpec) -> tuple[list[Row], list[Row]]:
+    if spec.demo:
+        train = word_examples("train", DEMO_EXAMPLES["train"])
+        held_out = word_examples("held_out", DEMO_EXAMPLES["held_out"])
+        return rows_of(train, "demo"), rows_of(held_out, "demo, held out")
+    evaluation = read_jsonl(spec.eval_data, "--eval-data") if spec.eval_data else []
+    return read_jsonl(spec.data), evaluation
+
+
+def _max_length(options: TrainingOptions, config: PreTrainedConfig) -> int:
+    limit = length_limit(config)
+    if options.max_length is None:
+        return min(_DEFAULT_MAX_LENGTH, limit or _DEFAULT_MAX_LENGTH)
+    if limit is not None and options.max_length > limit:
+        raise AdapterError(
+            f"--max-length is {options.max_length} but the model knows {limit} positions; "
+            f"pass {limit} or less"
+        )
+    return options.max_length
+
+
+def _chat_template(tokenizer: Any, shape: Shape, model: str) -> tuple[str | None, str | None]:
+    """Return a template that marks the assistant's words if there is one, and a line if not."""
+    if shape != "messages":
+        return None, None
+    own = tokenizer.chat_template
+    if own is None:
+        raise AdapterError(
+            f'the tokenizer of {model} has no chat template, which "messages" need; '
+            'write "prompt" and "completion" rows, or set tokenizer.chat_template and save it'
+        )
+    own = own["default"] if isinstance(own, dict) else own
+    if has_generation_markers(own):
+        return own, None
+    try:
+        return get_training_chat_template(tokenizer), None
+    except ValueError:
+        return None, (
+            "the chat template does not mark the assistant's words "
+            "({% generation %}): loss on all tokens"
+        )
+
+
+def _hold_out(
+    samples: list[Sample], options: TrainingOptions
+) -> tuple[list[Sample], list[Sample], str]:
+    count = min(round(options.eval_share * len(samples)), _MOST_HELD_OUT)
+    if options.eval_share > 0 and len(samples) > 1:
+        count = max(count, 1)
+    if not count:
+        return samples, [], "no evaluation: no --eval-data and nothing held out"
+    chosen = set(random.Random(options.seed).sample(range(len(samples)), count))
+    train = [sample for i, sample in enumerate(samples) if i not in chosen]
+    held_out = [samples[i] for i in sorted(chosen)]
+    note = (
+        f"held out {count} of {len(samples)} samples for evaluation "
+        "(--eval-data FILE for your own, --eval-share 0 for none)"
+    )
+    return train, held_out, note
+
+
+def _check_vocabulary(samples: list[Sample], config: PreTrainedConfig, model: str) -> None:
+    size = config.get_text_config().vocab_size
+    largest = max((max(sample.input_ids) for sample in samples), default=0)
+    if largest >= size:
+        raise AdapterError(
+            f"the tokenizer in {model} gives id {largest} but the model knows {size} tokens; "
+            "pass the directory that both were saved in"
+        )

@@ -1,0 +1,97 @@
+"""What a finished run leaves beside the adapter: `metrics.json`, `loss.png`, a summary."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from bridge.peft.finetune.metrics import loss_points
+from bridge.peft.finetune.record import write_atomically
+
+_SMOOTHED_POINTS = 20
+
+
+def write_metrics(output: Path, metrics: dict[str, Any]) -> None:
+    """Write `metrics.json`, whole or not at all: it marks the run as finished."""
+    write_atomically(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+
+
+def plot_loss(history: list[dict[str, Any]], path: Path) -> None:
+    """Draw training and evaluation loss over the steps."""
+    steps, losses = loss_points(history, "loss")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    smooth = _smoothed(losses)
+    axes.plot(steps, losses, color="C0", alpha=0.3 if smooth else 1.0, label="training")
+    if smooth:
+        axes.plot(steps, smooth, color="C0", label="training, smoothed")
+    eval_steps, eval_losses = loss_points(history, "eval_loss")
+    if eval_steps:
+        axes.plot(eval_steps, eval_losses, "o-", color="C1", markersize=4, label="evaluation")
+    axes.set(xlabel="step", ylabel="loss per token", title=path.resolve().parent.name)
+    axes.set_xlim(left=0)
+    if min(losses + eval_losses) < 0.5 * max(losses + eval_losses):
+        axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def print_summary(console: Console, output: Path, metrics: dict[str, Any], model: str) -> None:
+    """Print the figures of a finished run and what to do next."""
+    table = Table(title=f"Adapter in {output}", title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in _summary_rows(metrics):
+        table.add_row(name, value)
+    console.print(table)
+    console.print("What next:", style="bold")
+    here, base = shlex.quote(str(output)), shlex.quote(model)
+    console.print(f"  bridge-peft inspect {here}")
+    console.print(f"  bridge-peft merge --model {base} --adapter {here} --output {here}-merged")
+    console.print(f"  tensorboard --logdir {here}/logs")
+    console.print("In Python, with PEFT:", style="bold")
+    for line in (
+        f'  base = transformers.AutoModelForCausalLM.from_pretrained("{model}")',
+        f'  model = peft.PeftModel.from_pretrained(base, "{output}")',
+    ):
+        console.print(line)
+
+
+def _summary_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    before, after = metrics["eval_loss_before"], metrics["eval_loss_after"]
+    evaluation = "not measured" if after is None else f"{before:.4f} -> {after:.4f}"
+    share = metrics["trainable_parameters"] / metrics["model_parameters"]
+    resumed = metrics["resumed_from_step"]
+    steps = f"{metrics['steps']}" + (f" (resumed from step {resumed})" if resumed else "")
+    return [
+        ("evaluation loss", evaluation),
+        ("training loss, last logged", f"{metrics['train_loss']:.4f}"),
+        ("steps", steps),
+        ("time", f"{metrics['seconds']:.1f} s, {metrics['tokens_per_second']:,.0f} tokens/s"),
+        ("trained", f"{metrics['trainable_parameters']:,} parameters, {share:.2%} of the model"),
+        ("adapter file", f"{metrics['adapter_bytes'] / 1e6:.2f} MB"),
+        ("peak memory", f"{metrics['peak_memory_bytes'] / 1e9:.2f} GB"),
+        ("loss curve", "loss.png"),
+    ]
+
+
+def _smoothed(values: list[float]) -> list[float]:
+    """Mean over a window around each point, narrower at the ends; empty for a short curve."""
+    if len(values) < _SMOOTHED_POINTS:
+        return []
+    half, last = len(values) // _SMOOTHED_POINTS, len(values) - 1
+    smooth = []
+    for i in range(len(values)):
+        reach = min(half, i, last - i)  # as far on both sides, so that a slope is not shifted
+        window = values[i - reach : i + reach + 1]
+        smooth.append(sum(window) / len(window))
+    return smooth

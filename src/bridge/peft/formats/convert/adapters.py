@@ -1,0 +1,212 @@
+"""Convert adapters between formats; the input's format is told by its keys."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bridge.peft.errors import AdapterError, AdapterFileError
+from bridge.peft.formats.convert.converted import Converted, Step
+from bridge.peft.formats.convert.layout import AttentionLayout
+from bridge.peft.formats.convert.megatron import from_megatron, to_megatron
+from bridge.peft.formats.convert.plain import from_plain
+from bridge.peft.formats.convert.torchtune import from_torchtune, to_torchtune
+from bridge.peft.formats.files.atomic import current_path, write_files
+from bridge.peft.formats.files.safetensors_file import read_tensors, serialize
+from bridge.peft.formats.files.untrusted import (
+    CONFIG_NAME,
+    EXTRA_NAME,
+    TENSORS_NAME,
+    checked_path,
+    json_bytes,
+    read_json,
+    reading,
+)
+from bridge.peft.formats.peft.adapter_file import (
+    KEY_PREFIX,
+    AdapterFile,
+    read_adapter,
+    write_adapter,
+)
+from bridge.peft.version import __version__
+
+#: What can be written.
+TARGETS = ("peft", "megatron", "torchtune")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What was converted.
+
+    Attributes:
+        source: The format of the input: one of `TARGETS` or `"plain"`.
+        target: The format of the output.
+        steps: Module by module, how and with what error.
+        dim: The one rank of a format that has one rank; None for PEFT.
+        alpha: Its alpha.
+    """
+
+    source: str
+    target: str
+    steps: list[Step]
+    dim: int | None = None
+    alpha: float | None = None
+
+
+def convert_adapter(
+    path: str | Path,
+    target: str,
+    output: str | Path,
+    *,
+    layout: AttentionLayout | None = None,
+    alpha: float | None = None,
+    rank: int | None = None,
+) -> Conversion:
+    """Read an adapter in any format and write it in another.
+
+    Args:
+        path: A directory, or a safetensors file.
+        target: One of `TARGETS`.
+        output: A directory that does not exist or is empty.
+        layout: The model's attention layout, where the formats need it and the file does not say.
+        alpha: The alpha that a file without a config was trained with.
+        rank: For Megatron: approximate what needs a higher rank.
+
+    Returns:
+        What was done.
+
+    Raises:
+        AdapterError: The input is not right, or the output cannot say it.
+    """
+    path, output = Path(path), Path(output)
+    if target not in TARGETS:
+        raise AdapterError(f"cannot write {target!r}; pass one of {', '.join(TARGETS)}")
+    if rank is not None and (target != "megatron" or rank < 1):
+        raise AdapterError(f"rank={rank}: only Megatron's fused modules are approximated, to >= 1")
+    with reading(output):
+        taken = os.path.lexists(output) and (not output.is_dir() or any(output.iterdir()))
+    if taken:
+        raise AdapterError(f"{output} is there and not empty; pass a new directory as the output")
+    with reading(path):
+        source, adapter, steps, layout = _read(path, layout, alpha)
+    if target == "peft":
+        write_adapter(adapter, output)
+        return Conversion(source=source, target=target, steps=steps)
+    if layout is None:
+        raise _no_layout()
+    if target == "megatron":
+        converted = to_megatron(adapter, layout, rank)
+    else:
+        converted = to_torchtune(adapter, layout)
+    _write(converted, output)
+    side = converted.side
+    return Conversion(
+        source=source, target=target, steps=converted.steps, dim=side["dim"], alpha=side["alpha"]
+    )
+
+
+def detect_format(keys: Collection[str]) -> str:
+    """The format whose keys these are: one of `TARGETS` or `"plain"`.
+
+    Args:
+        keys: The keys of a state dict.
+
+    Raises:
+        AdapterFileError: They are no adapter's.
+    """
+    if any(key.endswith(".adapter.linear_in.weight") and "decoder.layers." in key for key in keys):
+        return "megatron"
+    ends = (".lora_A.weight", ".lora_B.weight")
+    if any(key.startswith(KEY_PREFIX) and key.endswith(ends) for key in keys):
+        return "peft"
+    tune = (".attn.", ".mlp.w1.", ".mlp.w2.", ".mlp.w3.")
+    if any(
+        key.startswith("layers.") and ".lora_a." in key and any(name in key for name in tune)
+        for key in keys
+    ):
+        return "torchtune"
+    plain = ("lora_a", "lora_A", "lora_A.default", "linear_in")
+    if any(key.endswith(tuple(f".{name}.weight" for name in plain)) for key in keys):
+        return "plain"
+    some = ", ".join(repr(key[:60]) for key in list(keys)[:3])
+    raise AdapterFileError(f"the file is no adapter in a known format (keys: {some or 'none'})")
+
+
+def _read(
+    path: Path, layout: AttentionLayout | None, alpha: float | None
+) -> tuple[str, AdapterFile, list[Step], AttentionLayout | None]:
+    file = _find_file(path)
+    tensors = read_tensors(file)
+    source = detect_format(tensors)
+    if source == "peft" and (path / CONFIG_NAME).exists():
+        if alpha is not None:
+            raise AdapterError("alpha is given, and the adapter's config says it; leave it out")
+        adapter = read_adapter(path)
+        steps = [Step(name=fqn, how="unchanged") for fqn in adapter.tensors]
+        return source, adapter, steps, layout
+    side = _read_side(file)
+    layout = layout or ("layout" in side and AttentionLayout.from_dict(side["layout"])) or None
+    alpha = _alpha(side, alpha)
+    if source in ("peft", "plain"):
+        return "plain", *from_plain(tensors, side, alpha), layout
+    if layout is None:
+        raise _no_layout()
+    read = from_megatron if source == "megatron" else from_torchtune
+    return source, *read(tensors, side, layout, alpha), layout
+
+
+def _find_file(path: Path) -> Path:
+    """The one safetensors file of the input."""
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise AdapterFileError(
+                f"{path} is no .safetensors file, and others are not opened (a pickle can run any "
+                "program); save it with safetensors.torch.save_file where it was trained"
+            )
+        return path
+    if not path.is_dir():
+        raise AdapterFileError(f"there is no {path}; pass an adapter's directory or file")
+    names = sorted(p.name for p in path.iterdir())
+    files = [name for name in names if name.endswith(".safetensors") and name.isprintable()]
+    if TENSORS_NAME in files or (not files and not any(n.endswith(_PICKLES) for n in names)):
+        return checked_path(path, TENSORS_NAME)
+    if len(files) == 1:
+        return checked_path(path, files[0])
+    what = "several safetensors files" if files else "only pickles, which can run any program"
+    raise AdapterFileError(f"{path} holds {what}; pass the adapter's safetensors file itself")
+
+
+def _read_side(file: Path) -> Mapping[str, Any]:
+    if not os.path.lexists(current_path(file.parent, EXTRA_NAME)):
+        return {}
+    return read_json(checked_path(file.parent, EXTRA_NAME))
+
+
+def _alpha(side: Mapping[str, Any], alpha: float | None) -> float:
+    value = side.get("alpha") if alpha is None else alpha
+    if value is None:
+        raise AdapterError("the file does not say its alpha; pass the one it was trained with")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < abs(value) < 1e12:
+        raise AdapterError(f"alpha is {value!r:.80}; pass the number it was trained with")
+    return value
+
+
+def _write(converted: Converted, output: Path) -> None:
+    side = {"bridge_peft_version": __version__, **converted.side}
+    files: dict[str, bytes] = {
+        TENSORS_NAME: serialize(converted.tensors),
+        EXTRA_NAME: json_bytes(side),
+    }
+    write_files(output, files)
+
+
+def _no_layout() -> AdapterError:
+    return AdapterError(
+        "fusing and permuting rows needs the number of heads; pass the model's directory "
+        "(--model), or the heads, query groups and size of a head (--heads, --query-groups, "
+        "--head-dim)"
+    )

@@ -1,0 +1,261 @@
+"""An adapter as it lies on disk, without a model: read, checked, written."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bridge.peft.errors import AdapterFileError
+from bridge.peft.formats.files.atomic import COMMITTED, current_path, write_files
+from bridge.peft.formats.files.safetensors_file import read_tensors, serialize
+from bridge.peft.formats.files.untrusted import (
+    CONFIG_NAME,
+    EXTRA_NAME,
+    TENSORS_NAME,
+    checked_path,
+    json_bytes,
+    read_json,
+    reading,
+)
+from bridge.peft.formats.peft.config import PeftConfig, parse_config, scale_of
+from bridge.peft.formats.peft.side_file import check_side_file
+from bridge.peft.formats.peft.targets import is_target
+
+KEY_PREFIX = "base_model.model."
+_SUFFIXES = (".lora_A.weight", ".lora_B.weight")
+#: Where PEFT puts the base's own parameters of an adapted module.
+_BASE = ".base_layer."
+#: Saved by PEFT without a word in the config, when the vocabulary was resized or they are adapted.
+_EMBEDDINGS = frozenset(("embed_tokens", "lm_head", "wte", "shared", "word_embeddings"))
+MAX_NAME_LENGTH = 1_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFile:
+    """A PEFT adapter directory, read and checked.
+
+    Attributes:
+        config: `adapter_config.json`, as decoded.
+        tensors: By fully qualified name: A of shape (rank, in_features) and B of shape
+            (out_features, rank).
+        extra: `bridge_adapter.json`: what a PEFT config has no field for; empty without that file.
+        whole: Tensors saved whole (`modules_to_save`, `bias`), by their name in the base model.
+            Beside an adapted output head PEFT also saves the base's weight of it.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, tuple[Tensor, Tensor]]
+    extra: dict[str, Any] = field(default_factory=dict)
+    whole: dict[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def parsed(self) -> PeftConfig:
+        """The config, checked.
+
+        Raises:
+            AdapterFileError: It cannot be honoured.
+        """
+        return parse_config(self.config)
+
+    @cached_property
+    def _alphas(self) -> dict[str, float]:
+        pattern, default = self.parsed.alpha_pattern, self.parsed.lora_alpha
+        return {fqn: pattern.value(fqn, default) for fqn in self.tensors}
+
+    @property
+    def base_weights(self) -> set[str]:
+        """Names in `whole` that are weights of adapted modules: the base's own, not new ones."""
+        return self.whole.keys() & {f"{fqn}.weight" for fqn in self.tensors}
+
+    def rank(self, fqn: str) -> int:
+        """The rank of one module: that of its tensors."""
+        return self.tensors[fqn][0].shape[0]
+
+    def alpha(self, fqn: str) -> float:
+        """The alpha of one module, the config's pattern applied."""
+        return self._alphas[fqn]
+
+    def scale(self, fqn: str) -> float:
+        """The factor before B A x of one module."""
+        return scale_of(self.alpha(fqn), self.rank(fqn), self.parsed.use_rslora)
+
+
+def read_adapter(directory: str | Path) -> AdapterFile:
+    """Read a PEFT LoRA adapter; only JSON and safetensors are opened, never a pickle.
+
+    Args:
+        directory: Holds `adapter_config.json` and `adapter_model.safetensors`.
+
+    Raises:
+        AdapterFileError: Something is missing, damaged, contradictory or cannot be honoured.
+    """
+    with reading(Path(directory)):
+        return _read_adapter(Path(directory))
+
+
+def _read_adapter(directory: Path) -> AdapterFile:
+    if not directory.is_dir():
+        raise AdapterFileError(
+            f"{directory} is no adapter directory; pass one that holds {CONFIG_NAME}"
+        )
+    config = read_json(checked_path(directory, CONFIG_NAME))
+    parsed = parse_config(config)
+    extra: dict[str, Any] = {}
+    if (directory / COMMITTED).is_dir():
+        warnings.warn(
+            f"a save into {directory} was interrupted; its files in {COMMITTED} are read, and the "
+            "next save puts them in their places",
+            stacklevel=3,
+        )
+    # a link to nothing or a directory in its place is an error, not a file that is not there
+    if os.path.lexists(current_path(directory, EXTRA_NAME)):
+        extra = read_json(checked_path(directory, EXTRA_NAME))
+    tensors, whole = split_keys(read_tensors(checked_path(directory, TENSORS_NAME)), parsed)
+    adapter = AdapterFile(config=config, tensors=tensors, extra=extra, whole=whole)
+    check_adapter(adapter)
+    return adapter
+
+
+def check_adapter(adapter: AdapterFile) -> None:
+    """Raise `AdapterFileError` unless tensors and config agree with each other.
+
+    Args:
+        adapter: What was read or converted.
+    """
+    check_side_file(adapter.extra)
+    for fqn, (a, b) in adapter.tensors.items():
+        if not fqn.isprintable() or len(fqn) > MAX_NAME_LENGTH:
+            raise AdapterFileError(f"{fqn[:80]!r} is no name of a module; save the adapter again")
+        _check_shapes(adapter.parsed, fqn, a, b)
+        if adapter.parsed.targets is not None and not is_target(adapter.parsed, fqn):
+            raise AdapterFileError(
+                f"the file has tensors for {fqn}, which target_modules does not match; mend "
+                "target_modules or save the adapter again"
+            )
+
+
+def write_adapter(adapter: AdapterFile, directory: str | Path) -> Path:
+    """Write a PEFT LoRA adapter, all files or none.
+
+    Args:
+        adapter: What to write.
+        directory: Created if missing; an adapter in it is replaced.
+
+    Returns:
+        The directory.
+
+    Raises:
+        AdapterFileError: The directory cannot be written to; what it held is still there.
+    """
+    directory = Path(directory)
+    tensors = {_whole_key(name, adapter): tensor for name, tensor in adapter.whole.items()}
+    for fqn, pair in adapter.tensors.items():
+        for suffix, tensor in zip(_SUFFIXES, pair, strict=True):
+            tensors[f"{KEY_PREFIX}{fqn}{suffix}"] = tensor
+    write_files(
+        directory,
+        {
+            TENSORS_NAME: serialize(tensors),
+            CONFIG_NAME: json_bytes(adapter.config),
+            EXTRA_NAME: json_bytes(adapter.extra),
+        },
+    )
+    return directory
+
+
+def split_keys(
+    tensors: Mapping[str, Tensor], config: PeftConfig
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """Sort the tensors of a PEFT file by module.
+
+    Keys are cut at their ends only, so modules may be called `lora_A`, `weight` or `base_model`.
+
+    Args:
+        tensors: By key of the file.
+        config: The file's config.
+
+    Returns:
+        A and B by module, and the tensors that are saved whole.
+
+    Raises:
+        AdapterFileError: A key is none of these, or one of A and B is missing.
+    """
+    halves: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+    rest: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(KEY_PREFIX)
+        if name == key or len(name) > MAX_NAME_LENGTH:
+            raise AdapterFileError(
+                f"{TENSORS_NAME} holds {key[:80]!r}, which is no name below {KEY_PREFIX!r}; if "
+                "another tool wrote it, bridge-peft convert may read it"
+            )
+        for half, suffix in zip(halves, _SUFFIXES, strict=True):
+            if name.endswith(suffix):
+                half[name.removesuffix(suffix)] = tensor
+                break
+        else:
+            rest[name] = tensor
+    for (letter, half), other in zip(zip("AB", halves, strict=True), reversed(halves), strict=True):
+        if single := sorted(half.keys() - other.keys()):
+            raise AdapterFileError(
+                f"{TENSORS_NAME} holds only the {letter} of {_some(single)}; save the adapter again"
+            )
+    if not halves[0]:
+        raise AdapterFileError(f"{TENSORS_NAME} holds no LoRA tensor; save the adapter again")
+    whole = _whole_tensors(rest, halves[0], config)
+    return {fqn: (halves[0][fqn], halves[1][fqn]) for fqn in halves[0]}, whole
+
+
+def _whole_tensors(
+    rest: Mapping[str, Tensor], adapted: Collection[str], config: PeftConfig
+) -> dict[str, Tensor]:
+    """What is no A or B, by name in the base model; `AdapterFileError` if the config is silent."""
+    whole: dict[str, Tensor] = {}
+    for name, tensor in rest.items():
+        fqn, found, last = name.rpartition(_BASE)
+        name = f"{fqn}.{last}" if found and fqn in adapted else name
+        if not _is_declared(name, config):
+            raise AdapterFileError(
+                f"{TENSORS_NAME} holds {name!r}, which is neither an A or B of a linear nor "
+                "covered by modules_to_save or bias; remove it, or name its module there"
+            )
+        whole[name] = tensor
+    return whole
+
+
+def _is_declared(name: str, config: PeftConfig) -> bool:
+    """Whether the config accounts for a tensor that is no A or B."""
+    if config.bias != "none" and name.endswith(".bias"):
+        return True
+    parts = name.split(".")
+    owners = [".".join(parts[:i]) for i in range(1, len(parts))]
+    # PEFT takes the ends of names as they are, dots or not
+    if any(owner.endswith(saved) for owner in owners for saved in config.modules_to_save):
+        return True
+    return len(parts) > 1 and parts[-2] in _EMBEDDINGS and parts[-1] == "weight"
+
+
+def _whole_key(name: str, adapter: AdapterFile) -> str:
+    fqn, _, last = name.rpartition(".")
+    return KEY_PREFIX + (f"{fqn}{_BASE}{last}" if fqn in adapter.tensors else name)
+
+
+def _check_shapes(config: PeftConfig, fqn: str, a: Tensor, b: Tensor) -> None:
+    rank = config.rank_pattern.value(fqn, config.r)
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != rank or b.shape[1] != rank:
+        raise AdapterFileError(
+            f"{fqn}: the config gives it rank {rank}, the file A {tuple(a.shape)} and B "
+            f"{tuple(b.shape)}; mend r or rank_pattern, or save the adapter again"
+        )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

@@ -1,0 +1,120 @@
+"""The adapter of a model, described as a PEFT file would hold it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+from torch import Tensor, nn
+
+from bridge.peft.branch.mixin import LoRAMixin, TransposedAdapter
+from bridge.peft.errors import AdapterError
+from bridge.peft.formats.peft.adapter_file import AdapterFile
+from bridge.peft.formats.peft.config import alpha_for
+from bridge.peft.formats.peft.fingerprint import fingerprint
+from bridge.peft.formats.peft.new_config import new_config
+from bridge.peft.formats.peft.saved_whole import whole_of
+from bridge.peft.formats.peft.targets import choose_targets
+from bridge.peft.model.walk import adapted_modules, base_modules, unwrap
+from bridge.peft.version import __version__
+
+
+def adapter_of(model: nn.Module) -> AdapterFile:
+    """The adapter of a model as a PEFT file would hold it; tensors share the model's storage.
+
+    Args:
+        model: An adapted model, possibly inside `DistributedDataParallel` or compiled.
+
+    Raises:
+        AdapterError: The model has no adapters, or something that a PEFT file cannot hold.
+    """
+    root = unwrap(model)
+    layers = _layers(root)
+    others = [fqn for fqn in base_modules(root) if fqn and fqn not in layers]
+    use_rslora, alphas = _scaling(layers)
+    branches = {fqn: _branch(layer) for fqn, layer in layers.items()}
+    common = Counter(tuple(b.items()) for b in branches.values()).most_common(1)[0][0]
+    extra: dict[str, Any] = {"bridge_peft_version": __version__, **dict(common)}
+    dropout = extra.pop("dropout")
+    exceptions = {fqn: b for fqn, b in branches.items() if tuple(b.items()) != common}
+    if exceptions:
+        extra["exceptions"] = exceptions
+    extra["base"] = fingerprint(layers)
+    whole, whole_fields = whole_of(root, layers, others)
+    config = new_config(
+        {fqn: layer.dim for fqn, layer in layers.items()},
+        alphas,
+        choose_targets(layers, others),
+        lora_dropout=dropout,
+        use_rslora=use_rslora,
+        fan_in_fan_out=all(isinstance(layer, TransposedAdapter) for layer in layers.values()),
+        base_model_name_or_path=getattr(getattr(root, "config", None), "_name_or_path", None)
+        or None,
+        task_type=_task_type(root),
+        **whole_fields,
+    )
+    tensors = {
+        fqn: (gathered(layer.lora_a.weight), gathered(layer.lora_b.weight))
+        for fqn, layer in layers.items()
+    }
+    return AdapterFile(config=config, tensors=tensors, extra=extra, whole=whole)
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor, detached; every rank must call for a sharded one."""
+    gather = getattr(tensor, "full_tensor", None)
+    return (tensor if gather is None else gather()).detach()
+
+
+def _layers(model: nn.Module) -> dict[str, LoRAMixin]:
+    layers: dict[str, LoRAMixin] = {}
+    for fqn, module in adapted_modules(model):
+        if not isinstance(module, LoRAMixin):
+            raise AdapterError(
+                f"{fqn} wraps its base in {type(module).__name__}; PEFT files hold only layers "
+                "that were adapted in place"
+            )
+        if not fqn:
+            raise AdapterError(
+                "the model is itself the adapted linear, and PEFT files name modules; put it into "
+                "an nn.Sequential"
+            )
+        if module.lora_a.weight.is_meta or module.lora_b.weight.is_meta:
+            raise AdapterError(f"{fqn} is on the meta device and has no values to save; load them")
+        layers[fqn] = module
+    if not layers:
+        raise AdapterError("the model has no adapters to save; LoRA(...)(model) adds them")
+    return layers
+
+
+def _scaling(layers: dict[str, LoRAMixin]) -> tuple[bool, dict[str, float]]:
+    """Whether the scales are rank-stabilised, and the alphas that give exactly these scales."""
+    plain = all(m.scale == m.alpha / m.dim for m in layers.values())
+    use_rslora = not plain and all(m.scale == m.alpha / math.sqrt(m.dim) for m in layers.values())
+    return use_rslora, {
+        fqn: layer.alpha
+        if use_rslora or layer.scale == layer.alpha / layer.dim
+        else alpha_for(layer.scale, layer.dim)
+        for fqn, layer in layers.items()
+    }
+
+
+def _branch(layer: LoRAMixin) -> dict[str, Any]:
+    return {
+        "dropout": layer.dropout.p,
+        "dropout_position": layer.dropout_position,
+        "lora_A_init_method": layer.lora_a.init_method,
+    }
+
+
+def _task_type(model: nn.Module) -> str | None:
+    """The PEFT class that wraps such a model well; None for the general one."""
+    name = type(model).__name__
+    if not hasattr(model, "prepare_inputs_for_generation"):
+        return None  # PEFT's task classes ask for it
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return "CAUSAL_LM"
+    takes_text = getattr(model, "main_input_name", None) == "input_ids"
+    is_pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return "SEQ_2_SEQ_LM" if is_pair and takes_text else None

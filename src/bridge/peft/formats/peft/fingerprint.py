@@ -1,0 +1,112 @@
+"""A cheap fingerprint of the base weights that an adapter was trained on.
+
+For each adapted module: shape, dtype, and a hash of the first values, rounded to bfloat16 so that
+the same checkpoint loaded in another floating dtype is the same base. A quantised weight's packed
+bytes are hashed as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bridge.peft.branch.mixin import LoRAMixin
+from bridge.peft.errors import AdapterFileError
+
+#: Values of each weight that are hashed.
+HASHED_VALUES = 2048
+_FIELDS = ("shape", "dtype", "hash")
+
+
+def fingerprint(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
+    """The fingerprint of some linears of a model.
+
+    Args:
+        modules: Linears by fully qualified name, adapted or not. One whose base weight is not at
+            hand (on `meta`, sharded, a quantised tensor subclass, or merged with the base given up)
+            is left out.
+
+    Returns:
+        `{"model.layers.0.….q_proj": {"shape": [4096, 4096], "dtype": "bfloat16", "hash": "…"}}`.
+    """
+    return {
+        fqn: {
+            "shape": list(weight.shape),
+            "dtype": str(weight.dtype).removeprefix("torch."),
+            "hash": _hash(weight),
+        }
+        for fqn, module in modules.items()
+        if (weight := _base_weight(module)) is not None
+    }
+
+
+def differences(
+    stored: Mapping[str, Mapping[str, Any]], modules: Mapping[str, nn.Module]
+) -> list[str]:
+    """What differs between the base that a file was made on and this one; empty if nothing does.
+
+    Args:
+        stored: A fingerprint out of a file.
+        modules: The linears of the model at hand, by name.
+    """
+    here = fingerprint({fqn: modules[fqn] for fqn in stored if fqn in modules})
+    found = []
+    for fqn, mine in here.items():
+        theirs = stored[fqn]
+        comparable = mine["dtype"] == theirs["dtype"] or (
+            _is_floating(mine["dtype"]) and _is_floating(theirs["dtype"])
+        )
+        if not comparable:
+            found.append(f"{fqn} is {mine['dtype']} here and was {theirs['dtype']} there")
+        elif mine["shape"] != theirs["shape"]:
+            found.append(f"{fqn} is {mine['shape']} here and was {theirs['shape']} there")
+        elif mine["hash"] != theirs["hash"]:
+            found.append(f"{fqn} has other values here")
+    return found
+
+
+def check_stored(content: Any) -> None:
+    """Raise `AdapterFileError` unless a fingerprint out of a file has the form of one.
+
+    Args:
+        content: The decoded field.
+    """
+    entries = content.values() if isinstance(content, dict) else [None]
+    for entry in entries:
+        if not isinstance(entry, dict) or not all(
+            isinstance(entry.get(name), list if name == "shape" else str) for name in _FIELDS
+        ):
+            raise AdapterFileError(
+                "bridge_adapter.json: base must hold shape, dtype and hash of each module, got "
+                f"{entry if isinstance(content, dict) else content!r:.80}"
+            )
+
+
+def _base_weight(module: nn.Module) -> Tensor | None:
+    """The weight before any merge, if it is whole and at hand."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, LoRAMixin) and module.merged:
+        weight = module.unmerged_weight
+    if not isinstance(weight, Tensor) or weight.is_meta:
+        return None
+    data = weight.detach()
+    # a subclass (sharded, torchao's, fp8) has no bytes of its own to look at
+    return data if type(data) is Tensor else None
+
+
+def _hash(weight: Tensor) -> str:
+    # the first rows that hold enough values, so that nothing large is copied
+    rows = weight[: -(-HASHED_VALUES // max(weight[:1].numel(), 1))]
+    values = rows.reshape(-1)[:HASHED_VALUES].to("cpu")
+    if values.is_floating_point():
+        values = values.to(torch.bfloat16)
+    data = bytes(values.contiguous().view(torch.uint8).tolist())
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _is_floating(dtype: str) -> bool:
+    return "float" in dtype

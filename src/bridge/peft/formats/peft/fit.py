@@ -1,0 +1,131 @@
+"""Whether an adapter file fits a model, checked before the model is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from bridge.peft.branch.adaptable import check_adaptable, unsupported_reason
+from bridge.peft.branch.mixin import LoRAMixin
+from bridge.peft.branch.options import BranchOptions
+from bridge.peft.branch.orientation import features
+from bridge.peft.errors import AdapterError, AdapterFileError, AlreadyAdaptedError
+from bridge.peft.formats.peft.adapter_file import AdapterFile
+from bridge.peft.formats.peft.saved_whole import check_whole
+from bridge.peft.formats.peft.side_file import branch_settings
+from bridge.peft.formats.peft.targets import targets
+from bridge.peft.model.trained_parameters import trained_whole
+from bridge.peft.model.walk import adapted_modules, base_modules
+
+#: A module to load into, with its name and the options of its branch.
+Planned = tuple[str, nn.Module, BranchOptions]
+
+
+def plan_load(adapter: AdapterFile, model: nn.Module) -> tuple[list[Planned], bool]:
+    """Check a file against a model; touches nothing.
+
+    Args:
+        adapter: The file.
+        model: The model, not wrapped.
+
+    Returns:
+        The modules to load into, and whether they are adapted already.
+
+    Raises:
+        AdapterFileError: The file does not fit.
+        AlreadyAdaptedError: The model carries another adapter.
+    """
+    present = dict(adapted_modules(model))
+    names = base_modules(model)
+    if present:
+        _check_same_adapter(adapter, present, model)
+    else:
+        _check_targets(adapter, names, model)
+    check_whole(adapter, model, names)
+    planned: list[Planned] = []
+    for fqn, (a, b) in adapter.tensors.items():
+        if not present:
+            _check_adaptable(fqn, names[fqn])
+        _check_fits(fqn, names[fqn], a, b)
+        planned.append((fqn, names[fqn], _options(adapter, fqn)))
+    return planned, bool(present)
+
+
+def _check_same_adapter(
+    adapter: AdapterFile, present: Mapping[str, nn.Module], model: nn.Module
+) -> None:
+    mend = "load into the base model, or into one adapted alike"
+    if differing := sorted(present.keys() ^ adapter.tensors.keys()):
+        raise AlreadyAdaptedError(
+            f"the model carries an adapter of {len(present)} modules, the file one of "
+            f"{len(adapter.tensors)} (first difference: {differing[0]}); {mend}"
+        )
+    if extra := sorted(trained_whole(model).keys() - adapter.whole.keys()):
+        raise AlreadyAdaptedError(
+            f"{extra[0]} is trained beside the model's adapter and not in the file; {mend}"
+        )
+    for fqn, module in present.items():
+        if not isinstance(module, LoRAMixin):
+            raise AlreadyAdaptedError(f"{fqn} wraps its base in {type(module).__name__}; {mend}")
+        if module.merged:
+            raise AlreadyAdaptedError(f"{fqn} is merged; unmerge(model) before loading")
+        have, wanted = (module.dim, module.scale), (adapter.rank(fqn), adapter.scale(fqn))
+        if have != wanted:
+            raise AlreadyAdaptedError(
+                f"{fqn} has rank {have[0]} and scale {have[1]:g}, in the file rank {wanted[0]} and "
+                f"scale {wanted[1]:g}; {mend}"
+            )
+
+
+def _check_targets(adapter: AdapterFile, names: Mapping[str, nn.Module], root: nn.Module) -> None:
+    matched = targets(adapter.parsed, names, root)
+    if unknown := [fqn for fqn in adapter.tensors if fqn not in names]:
+        raise AdapterFileError(
+            f"the file adapts {unknown[0]}, which {type(root).__name__} does not have "
+            f"({len(unknown)} of {len(adapter.tensors)} modules are missing); load it into the "
+            "model that it was trained on"
+        )
+    if without := sorted(matched - adapter.tensors.keys()):
+        raise AdapterFileError(
+            f"target_modules matches {without[0]}, for which the file has no tensors "
+            f"({len(without)} such modules); mend target_modules or save the adapter again"
+        )
+    if unmatched := sorted(adapter.tensors.keys() - matched):
+        raise AdapterFileError(
+            f"the file has tensors for {unmatched[0]}, which target_modules does not match "
+            f"({len(unmatched)} such modules); mend target_modules or save the adapter again"
+        )
+
+
+def _options(adapter: AdapterFile, fqn: str) -> BranchOptions:
+    a, b = adapter.tensors[fqn]
+    settings = branch_settings(adapter.extra, fqn, adapter.parsed.lora_dropout)
+    return BranchOptions(
+        dim=adapter.rank(fqn),
+        alpha=adapter.alpha(fqn),
+        lora_dtype=torch.promote_types(a.dtype, b.dtype),
+        use_rslora=adapter.parsed.use_rslora,
+        **settings,
+    )
+
+
+def _check_adaptable(fqn: str, module: nn.Module) -> None:
+    if reason := unsupported_reason(module):
+        raise AdapterFileError(
+            f"the file adapts {fqn}, a {type(module).__name__} that cannot be adapted: {reason}"
+        )
+    check_adaptable(module)
+
+
+def _check_fits(fqn: str, module: nn.Module, a: Tensor, b: Tensor) -> None:
+    n_in, n_out = features(module)
+    if (a.shape[1], b.shape[0]) != (n_in, n_out):
+        raise AdapterFileError(
+            f"{fqn} is {n_out}×{n_in} (out×in) in the model and {b.shape[0]}×{a.shape[1]} in the "
+            "file; load the adapter into the model that it was trained on"
+        )
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_meta:
+        raise AdapterError(f"{fqn} is on the meta device; load the base weights first")

@@ -1,0 +1,100 @@
+"""Adapters in the files of Hugging Face PEFT: save from a model, load into one."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bridge.peft.branch.mixin import LoRAMixin
+from bridge.peft.errors import AdapterFileError
+from bridge.peft.formats.peft.adapter_file import AdapterFile, read_adapter, write_adapter
+from bridge.peft.formats.peft.describe import adapter_of
+from bridge.peft.formats.peft.fingerprint import differences
+from bridge.peft.formats.peft.fit import plan_load
+from bridge.peft.lora import Model, patch_in_place
+from bridge.peft.model.trained_parameters import replace_parameters
+from bridge.peft.model.walk import adapted_modules, unwrap
+
+
+def save_adapter(model: nn.Module, directory: str | Path) -> Path:
+    """Write the adapter of a model as PEFT writes it, all files or none.
+
+    `adapter_config.json` and `adapter_model.safetensors` are PEFT's; `bridge_adapter.json` beside
+    them holds what PEFT has no field for and is ignored by it. Base parameters that are trainable
+    too, or came with a loaded adapter, are saved whole (`modules_to_save`, `bias`). Sharded A and B
+    are gathered, so with those every rank must call; the first one writes.
+
+    Args:
+        model: An adapted model, possibly inside `DistributedDataParallel` or compiled.
+        directory: Created if missing; an adapter in it is replaced.
+
+    Returns:
+        The directory.
+
+    Raises:
+        AdapterError: The model has no adapters, or the directory cannot be written to.
+    """
+    adapter = adapter_of(model)
+    is_sharded = any(
+        hasattr(parameter, "device_mesh")
+        for _, module in adapted_modules(model)
+        for parameter in module.adapter_parameters().values()
+    )
+    if not is_sharded:
+        return write_adapter(adapter, directory)
+    if torch.distributed.get_rank() == 0:
+        write_adapter(adapter, directory)
+    torch.distributed.barrier()
+    return Path(directory)
+
+
+def load_adapter(model: Model, directory: str | Path, *, strict: bool = False) -> Model:
+    """Adapt a base model as the files in `directory` say, in place.
+
+    Everything is read and checked against the model first; on an error the model is untouched. A
+    model that already carries an adapter of the same modules, ranks and scales takes the values.
+
+    Args:
+        model: The base model, its weights loaded.
+        directory: A PEFT adapter directory.
+        strict: Refuse an adapter that was trained on another base instead of warning.
+
+    Returns:
+        The same model.
+
+    Raises:
+        AdapterFileError: The files are damaged or do not fit the model.
+        AlreadyAdaptedError: The model carries another adapter.
+    """
+    adapter = read_adapter(directory)
+    root = unwrap(model)
+    planned, present = plan_load(adapter, root)
+    _check_base(adapter, {fqn: module for fqn, module, _ in planned}, strict)
+    if not present:
+        patch_in_place(root, [(module, options, 0) for _, module, options in planned])
+    with torch.no_grad():
+        for fqn, module, _ in planned:
+            assert isinstance(module, LoRAMixin)
+            a, b = adapter.tensors[fqn]
+            module.lora_a.weight.copy_(a)
+            module.lora_b.weight.copy_(b)
+    old = adapter.base_weights
+    replace_parameters(root, {name: t for name, t in adapter.whole.items() if name not in old})
+    return model
+
+
+def _check_base(adapter: AdapterFile, modules: dict[str, nn.Module], strict: bool) -> None:
+    """Warn, or refuse, if the base is not the one that the adapter was made on."""
+    found = differences(adapter.extra.get("base", {}), modules)
+    if not found:
+        return
+    message = (
+        f"the base model is not the one that the adapter was made on: {found[0]}"
+        f"{f' ({len(found)} modules differ)' if len(found) > 1 else ''}"
+    )
+    if strict:
+        raise AdapterFileError(f"{message}; load the original base, or pass strict=False")
+    warnings.warn(f"{message}; results may differ from training", stacklevel=3)

@@ -1,0 +1,62 @@
+"""`bridge_adapter.json`: what a PEFT config has no field for; PEFT ignores the file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from bridge.peft.branch.initializers import A_INITIALIZERS
+from bridge.peft.branch.options import DropoutPosition
+from bridge.peft.errors import AdapterFileError
+from bridge.peft.formats.peft.fingerprint import check_stored
+
+_CHOICES = {
+    "dropout_position": get_args(DropoutPosition),
+    "lora_A_init_method": tuple(A_INITIALIZERS),
+}
+#: What holds for an adapter that PEFT made.
+DEFAULTS: dict[str, Any] = {"dropout_position": "pre", "lora_A_init_method": "uniform"}
+
+
+def check_side_file(content: Mapping[str, Any]) -> None:
+    """Raise `AdapterFileError` unless the values have the right types.
+
+    Args:
+        content: The decoded file; unknown fields are left alone.
+    """
+    _check_branch(content, "")
+    check_stored(content.get("base", {}))
+    exceptions = content.get("exceptions", {})
+    if not isinstance(exceptions, dict):
+        raise _wrong("exceptions", exceptions, "an object")
+    for fqn, branch in exceptions.items():
+        if not isinstance(branch, dict):
+            raise _wrong(f"exceptions[{fqn[:80]!r}]", branch, "an object")
+        _check_branch(branch, f"exceptions[{fqn[:80]!r}].")
+
+
+def branch_settings(content: Mapping[str, Any], fqn: str, dropout: float) -> dict[str, Any]:
+    """`dropout`, `dropout_position` and `lora_A_init_method` of one module.
+
+    Args:
+        content: The decoded file, checked.
+        fqn: The module's name.
+        dropout: The dropout of the PEFT config.
+    """
+    settings = DEFAULTS | {"dropout": dropout}
+    for source in (content, content.get("exceptions", {}).get(fqn, {})):
+        settings |= {name: source[name] for name in settings if name in source}
+    return settings
+
+
+def _check_branch(branch: Mapping[str, Any], where: str) -> None:
+    for name, choices in _CHOICES.items():
+        if (value := branch.get(name, choices[0])) not in choices:
+            raise _wrong(where + name, value, " or ".join(repr(choice) for choice in choices))
+    p = branch.get("dropout", 0.0)
+    if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p < 1:
+        raise _wrong(f"{where}dropout", p, "a number in [0, 1)")
+
+
+def _wrong(name: str, value: Any, wanted: str) -> AdapterFileError:
+    return AdapterFileError(f"bridge_adapter.json: {name} must be {wanted}, got {value!r:.80}")

@@ -1,0 +1,1 @@
+"""Fold branches into base weights, in memory and on disk."""

@@ -1,0 +1,304 @@
+"""Merge LoRA branches into base weights, unmerge them, and switch them off for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from bridge.peft.branch.mixin import LoRAMixin
+from bridge.peft.branch.options import TRAINABLE_DTYPES
+from bridge.peft.errors import AdapterError
+from bridge.peft.merging.report import MergeReport, MergeRow
+from bridge.peft.merging.rounding import (
+    Rounding,
+    Scratch,
+    Update,
+    all_finite,
+    merge_rows,
+    row_blocks,
+)
+from bridge.peft.merging.shared_weights import sharers
+from bridge.peft.model.encoder_fast_path import encoder_fast_path
+from bridge.peft.model.trained_parameters import forget_tie, original_parameters
+from bridge.peft.model.walk import adapted_modules, unwrap
+
+#: The dtypes in which a merge can be computed.
+COMPUTE_DTYPES = (torch.float32, torch.float64)
+
+
+def check_compute_dtype(dtype: torch.dtype) -> None:
+    """Raise `AdapterError` unless a merge can be computed in `dtype`."""
+    if dtype not in COMPUTE_DTYPES:
+        raise AdapterError(f"merge computes in torch.float32 or torch.float64, got {dtype}")
+
+
+@torch.no_grad()
+def merge_weight(
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    *,
+    dtype: torch.dtype = torch.float32,
+    fqn: str = "",
+) -> tuple[Tensor, MergeRow]:
+    """`W + scale · B A`, computed in `dtype` and rounded once to the dtype of W.
+
+    Args:
+        weight: W, (out_features, in_features).
+        lora_a: A, (dim, in_features).
+        lora_b: B, (out_features, dim).
+        scale: Factor of the branch.
+        dtype: Dtype of the computation, float32 or float64; float64 weights always take float64.
+        fqn: Name for the report.
+
+    Returns:
+        The merged weight, a new tensor like W, and its row of the report.
+    """
+    weight = weight.detach()
+    dtype = torch.promote_types(dtype, weight.dtype)
+    update = Update.of([(lora_a, lora_b, scale)], dtype=dtype, device=weight.device)
+    merged = torch.empty_like(weight)
+    rounding, scratch = Rounding.none(weight.device), Scratch()
+    for rows in row_blocks(*weight.shape, device=weight.device):
+        rounding += merge_rows(weight[rows], update, rows, merged[rows], scratch)
+    return merged, MergeRow.of(fqn, rounding, norm=update.norm(), count=weight.numel())
+
+
+@torch.no_grad()
+def merge(
+    model: nn.Module,
+    *,
+    keep_base: bool = True,
+    dtype: torch.dtype = torch.float32,
+    untie: bool = False,
+) -> MergeReport:
+    """Fold every branch into its base weight, in place: `W <- W + scale · B A`.
+
+    The sum is computed in `dtype` and rounded once. While merged, the branch is not computed, and
+    `model.state_dict()` is that of the dense merged model, without A and B.
+
+    Args:
+        model: An adapted model.
+        keep_base: Keep the original weights on the CPU, so that `unmerge` can restore them.
+        dtype: Dtype of the computation, float32 or float64.
+        untie: Give an adapted weight that is shared with another module (a tied output head)
+            storage of its own, instead of refusing. `unmerge` leaves it untied.
+
+    Returns:
+        A report with a row per layer.
+
+    Raises:
+        AdapterError: Nothing to merge, merged already, switched off, a weight that is quantised,
+            sharded, shared, not finite or on `meta`; the model is as it was before.
+
+    Example:
+        >>> report = merge(model)
+        >>> print(report)
+    """
+    check_compute_dtype(dtype)
+    layers, tied = _mergeable_layers(model, untie=untie)
+    for fqn, layer in layers:
+        _check_finite(fqn, layer, dtype)
+    for layer in tied:
+        layer.weight = nn.Parameter(base_weight(layer).detach().clone(), requires_grad=False)
+        forget_tie(unwrap(model))
+    rows: list[MergeRow] = []
+    try:
+        for fqn, layer in layers:
+            rows.append(_merge_layer(fqn, layer, dtype, keep_base=keep_base))
+    except BaseException:
+        # out of memory, Ctrl-C: no model is left half merged if the originals are there
+        for _, layer in layers:
+            if layer.unmerged_weight is not None:
+                _restore(layer)
+        raise
+    return MergeReport(tuple(rows))
+
+
+@torch.no_grad()
+def unmerge(model: nn.Module) -> None:
+    """Restore the base weights bit for bit and compute the branches again, in place.
+
+    Args:
+        model: A model that `merge` was called on.
+
+    Raises:
+        AdapterError: Nothing is merged, the adapters are switched off, or the originals were given
+            up (`keep_base=False`).
+    """
+    merged = [(f, m) for f, m in adapted_modules(model) if isinstance(m, LoRAMixin) and m.merged]
+    if not merged:
+        raise AdapterError("nothing is merged; call merge(model) first")
+    for fqn, layer in merged:
+        _check_kept(fqn, layer)
+        _check_enabled(fqn, layer)
+    for _, layer in merged:
+        _restore(layer)
+
+
+@contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[None]:
+    """Within the context the model is its base, bit for bit, merged or not.
+
+    Args:
+        model: An adapted model.
+
+    Raises:
+        AdapterError: The model has no adapters, or is merged and its base was given up.
+
+    Example:
+        >>> with disable_adapters(model):
+        ...     base_logits = model(**batch).logits
+    """
+    modules = list(adapted_modules(model))
+    if not modules:
+        raise AdapterError("the model has no adapters to disable; LoRA(...)(model) adds them")
+    for fqn, module in modules:
+        if isinstance(module, LoRAMixin) and module.merged:
+            _check_kept(fqn, module)
+    before = [(module, module.adapter_enabled) for _, module in modules]
+    with ExitStack() as stack:
+        stack.enter_context(encoder_fast_path(unwrap(model)))
+        stack.enter_context(original_parameters(unwrap(model)))
+        for _, module in modules:
+            if isinstance(module, LoRAMixin) and module.merged:
+                stack.enter_context(_base_weight_restored(module))
+        try:
+            for module, _ in before:
+                module.adapter_enabled = False
+            yield
+        finally:
+            for module, enabled in before:
+                module.adapter_enabled = enabled
+
+
+@contextmanager
+def _base_weight_restored(layer: LoRAMixin) -> Iterator[None]:
+    weight, base = base_weight(layer), layer.unmerged_weight
+    assert base is not None
+    merged = weight.detach().clone()
+    with torch.no_grad():
+        weight.copy_(base)
+    _drop_stale_copies(layer)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            weight.copy_(merged)
+        _drop_stale_copies(layer)
+
+
+def base_weight(layer: LoRAMixin) -> Tensor:
+    """The base's weight, (out_features, in_features) unless the base stores it transposed."""
+    return layer.weight  # pyright: ignore[reportReturnType]
+
+
+def _merge_layer(fqn: str, layer: LoRAMixin, dtype: torch.dtype, *, keep_base: bool) -> MergeRow:
+    weight, branch = base_weight(layer), (layer.lora_a.weight, layer.lora_b.weight, layer.scale)
+    merged, row = merge_weight(layer.oriented(weight), *branch, dtype=dtype, fqn=fqn)
+    if keep_base:
+        layer.unmerged_weight = weight.detach().to("cpu", copy=True)
+    weight.copy_(layer.oriented(merged))
+    layer.merged = True
+    _drop_stale_copies(layer)
+    return row
+
+
+def _restore(layer: LoRAMixin) -> None:
+    assert layer.unmerged_weight is not None
+    base_weight(layer).copy_(layer.unmerged_weight)
+    layer.unmerged_weight = None
+    layer.merged = False
+    _drop_stale_copies(layer)
+
+
+def _mergeable_layers(
+    model: nn.Module, *, untie: bool
+) -> tuple[list[tuple[str, LoRAMixin]], list[LoRAMixin]]:
+    """All adapted layers and those to untie, or `AdapterError` with the first reason against it."""
+    layers: list[tuple[str, LoRAMixin]] = []
+    for fqn, module in adapted_modules(model):
+        if not isinstance(module, LoRAMixin):
+            raise AdapterError(
+                f"{fqn} wraps its base in {type(module).__name__}; only layers adapted in place "
+                "can be merged here"
+            )
+        _check_mergeable(fqn, module)
+        layers.append((fqn, module))
+    if not layers:
+        raise AdapterError("the model has no adapters to merge; LoRA(...)(model) adds them")
+    shared = sharers(unwrap(model), [layer for _, layer in layers])
+    tied = [(fqn, layer) for fqn, layer in layers if layer in shared]
+    if tied and not untie:
+        fqn, layer = tied[0]
+        raise AdapterError(
+            f"{fqn} shares its weight with {', '.join(shared[layer])}, which a merge would change "
+            "too; pass untie=True to give it a weight of its own"
+        )
+    return layers, [layer for _, layer in tied]
+
+
+def _check_mergeable(fqn: str, layer: LoRAMixin) -> None:
+    """Raise unless the layer's own weight can be merged into; tied weights aside."""
+    weight = base_weight(layer)
+    if layer.merged:
+        raise AdapterError(f"{fqn} is merged already; unmerge(model) first")
+    _check_enabled(fqn, layer)
+    if hasattr(weight, "device_mesh"):
+        raise AdapterError(
+            f"{fqn} is sharded (DTensor); save the adapter and merge it into the unsharded base"
+        )
+    if weight.dtype not in TRAINABLE_DTYPES or type(weight) not in (nn.Parameter, Tensor):
+        kind = type(weight).__name__ if weight.dtype in TRAINABLE_DTYPES else weight.dtype
+        raise AdapterError(
+            f"{fqn} is quantised ({kind}), so a merge would round to its few bits; load the "
+            "base in bfloat16 or float32, load the adapter there, and merge"
+        )
+    if "meta" in (weight.device.type, layer.lora_a.weight.device.type):
+        raise AdapterError(f"{fqn} is on the meta device; load its weights before merging")
+
+
+def _check_finite(fqn: str, layer: LoRAMixin, dtype: torch.dtype) -> None:
+    weight, a, b = base_weight(layer), layer.lora_a.weight, layer.lora_b.weight
+    for name, tensor in (("base weight", weight), ("A", a), ("B", b)):
+        if not all_finite(tensor):
+            raise AdapterError(f"{fqn}: {name} holds NaN or inf; nothing was merged")
+    if not weight.numel():
+        return
+    # A bound first: only what could overflow is computed twice.
+    size = abs(layer.scale) * layer.dim * float(a.abs().max()) * float(b.abs().max())
+    if float(weight.abs().max()) + size < torch.finfo(weight.dtype).max:
+        return
+    merged, _ = merge_weight(layer.oriented(weight), a, b, layer.scale, dtype=dtype)
+    if not all_finite(merged):
+        raise AdapterError(
+            f"{fqn}: the merged weight overflows {weight.dtype}; nothing was merged; "
+            "convert the base to float32 or bfloat16 first"
+        )
+
+
+def _check_kept(fqn: str, layer: LoRAMixin) -> None:
+    if layer.unmerged_weight is None:
+        raise AdapterError(
+            f"{fqn} was merged with keep_base=False, so its base weight is gone; load the base "
+            "model again"
+        )
+
+
+def _check_enabled(fqn: str, layer: LoRAMixin) -> None:
+    if not layer.adapter_enabled:
+        raise AdapterError(
+            f"the adapter of {fqn} is switched off; leave disable_adapters before you merge or "
+            "unmerge"
+        )
+
+
+def _drop_stale_copies(layer: LoRAMixin) -> None:
+    """Forget the fp8 copies of the weight that Transformer Engine caches."""
+    workspaces = getattr(layer, "_fp8_workspaces", None)
+    if workspaces:
+        workspaces.clear()

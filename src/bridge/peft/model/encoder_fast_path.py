@@ -1,0 +1,55 @@
+"""Keep `nn.TransformerEncoderLayer` from reading the weights of adapted linears.
+
+In evaluation without gradients that module skips its linears' forward and hands their weights to
+one fused kernel, which would leave the adapters out without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from bridge.peft.branch.mixin import LoRAMixin
+
+#: Per class the attribute that opens the fused path, and the value that closes it.
+_SWITCHES: dict[type[nn.Module], tuple[str, Any]] = {
+    # 0 says "an activation that the fused kernel does not know".
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+    # Only the fused path can compute on the nested tensor that this would make.
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+}
+_SAVED = "_fast_path_before_adapter"
+
+
+def keep_encoders_off_fast_path(model: nn.Module) -> None:
+    """Make every torch encoder with an adapted linear call its linears' forward, in place.
+
+    Args:
+        model: An adapted model.
+    """
+    for module in model.modules():
+        switch = next((s for kind, s in _SWITCHES.items() if isinstance(module, kind)), None)
+        if switch and any(isinstance(m, LoRAMixin) for m in module.modules()):
+            name, closed = switch
+            setattr(module, _SAVED, (name, getattr(module, name), closed))
+            setattr(module, name, closed)
+
+
+@contextmanager
+def encoder_fast_path(model: nn.Module) -> Iterator[None]:
+    """Within the context torch's encoders compute as they did before they were adapted.
+
+    Args:
+        model: An adapted model.
+    """
+    saved = [(m, *vars(m)[_SAVED]) for m in model.modules() if _SAVED in vars(m)]
+    for module, name, opened, _ in saved:
+        setattr(module, name, opened)
+    try:
+        yield
+    finally:
+        for module, name, _, closed in saved:
+            setattr(module, name, closed)

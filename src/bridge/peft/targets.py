@@ -1,0 +1,247 @@
+"""Which modules a recipe targets: names, wildcards, regexes, `"all-linear"`; did-you-mean."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from bridge.peft._optional import TELinear
+from bridge.peft.branch.adaptable import unsupported_reason
+from bridge.peft.errors import AlreadyAdaptedError, TargetError
+from bridge.peft.model.walk import adapted_modules, clean_fqn
+
+ALL_LINEAR = "all-linear"
+#: Names by which a direct child of the model, if it is a linear, is its output head.
+_HEAD_NAMES = frozenset(
+    ("lm_head", "output_layer", "embed_out", "output", "head", "score", "classifier", "qa_outputs")
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A module under all the names that reach it.
+
+    Attributes:
+        fqn: Its first fully qualified name.
+        module: The module.
+        names: All its fully qualified names, the first included.
+    """
+
+    fqn: str
+    module: nn.Module
+    names: tuple[str, ...]
+
+    def matches(self, entry: str) -> bool:
+        """Whether any of the names matches `entry`."""
+        return any(matches(entry, name) for name in self.names)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A module that is, or looks like, a linear and is not adapted.
+
+    Attributes:
+        fqn: Its first fully qualified name.
+        base_type: Its class name.
+        reason: Why it is not adapted.
+    """
+
+    fqn: str
+    base_type: str
+    reason: str
+
+
+def matches(entry: str, fqn: str) -> bool:
+    """Whether one target entry matches one fully qualified name.
+
+    Args:
+        entry: A name (`"q_proj"`, `"self_attn.q_proj"`: the last components or all of them), a
+            wildcard over the whole name (`"*.layers.0.*.q_proj"`; `*` also crosses dots), or
+            `"re:"` and a regex that must match the whole name.
+        fqn: A fully qualified name.
+    """
+    if entry.startswith("re:"):
+        return re.fullmatch(entry[3:], fqn) is not None
+    if any(character in entry for character in "*?["):
+        return fnmatch.fnmatchcase(fqn, entry)
+    return fqn == entry or fqn.endswith(f".{entry}")
+
+
+def candidates(model: nn.Module) -> list[Candidate]:
+    """All modules, each once, with every name that reaches it, wrapper levels left out."""
+    names: dict[int, list[str]] = {}
+    modules: dict[int, nn.Module] = {}
+    for fqn, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(clean_fqn(fqn))
+        modules[id(module)] = module
+    return [Candidate(n[0], modules[key], tuple(n)) for key, n in names.items()]
+
+
+def output_heads(model: nn.Module) -> set[int]:
+    """The ids of the linears that are the model's output head, tied to an embedding or not.
+
+    A head is what transformers' `get_output_embeddings()` answers, a linear that shares its weight
+    with an embedding, or a direct child linear with one of the usual names (`lm_head`, `score`, …).
+    """
+    heads = {
+        id(child)
+        for name, child in model.named_children()
+        if name in _HEAD_NAMES and isinstance(child, nn.Linear)
+    }
+    ask = getattr(model, "get_output_embeddings", None)
+    if ask is not None and (head := ask()) is not None:
+        heads.add(id(head))
+    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    heads.update(
+        id(m) for m in model.modules() if isinstance(m, nn.Linear) and id(m.weight) in embedded
+    )
+    return heads
+
+
+def match_targets(
+    model: nn.Module, targets: str | Sequence[str], exclude: Sequence[str] = ()
+) -> tuple[list[Candidate], list[Skipped]]:
+    """Find what a recipe adapts.
+
+    Args:
+        model: The model; it is not touched.
+        targets: Entries as `matches` takes them, or `"all-linear"`: every linear but the output
+            head.
+        exclude: Entries of modules to leave alone.
+
+    Returns:
+        The modules to adapt, in the model's order, and those that are (or look like) linears and
+        are left alone, with the reason.
+
+    Raises:
+        TargetError: An entry matches nothing, or nothing that can be adapted.
+        AlreadyAdaptedError: The model carries adapters already.
+    """
+    if adapted := next(adapted_modules(model), None):
+        raise AlreadyAdaptedError(
+            f"the model already carries adapters (first: {adapted[0] or type(model).__name__}); "
+            "start from the base model, or go on with the adapter it has"
+        )
+    everything = candidates(model)
+    reasons = {id(c.module): unsupported_reason(c.module) for c in everything}
+    linears = [c for c in everything if reasons[id(c.module)] is None]
+    if not linears:
+        raise TargetError(f"{type(model).__name__} has no linear that can be adapted")
+    excluded = {key for entry in exclude for key in _excluded_by(entry, everything, reasons)}
+    heads: set[int] = set()
+    if targets == ALL_LINEAR:
+        heads = output_heads(model)
+        wanted = {id(c.module) for c in linears} - heads
+    else:
+        wanted = set()
+        for entry in [targets] if isinstance(targets, str) else targets:
+            wanted |= _targets_of(entry, everything, linears, reasons)
+    chosen = [c for c in linears if id(c.module) in wanted - excluded]
+    if not chosen:
+        raise TargetError(
+            f"all {len(linears)} linears are excluded or output heads; name the ones to adapt in "
+            "target_modules"
+        )
+    skipped = []
+    for candidate in everything:
+        key = id(candidate.module)
+        if key in wanted - excluded:
+            continue
+        if reasons[key] is None:
+            reason = "output head" if key in heads else "excluded" if key in excluded else None
+        else:
+            reason = _why_not(candidate.module, reasons[key])
+        if reason:
+            skipped.append(Skipped(candidate.fqn, type(candidate.module).__name__, reason))
+    return chosen, skipped
+
+
+def _targets_of(
+    entry: str,
+    everything: list[Candidate],
+    linears: list[Candidate],
+    reasons: dict[int, str | None],
+) -> set[int]:
+    hits = _matching(entry, everything, "target_modules", linears)
+    adaptable = {id(c.module) for c in hits if reasons[id(c.module)] is None}
+    if not adaptable:
+        found = sorted({type(c.module).__name__ for c in hits})
+        raise TargetError(
+            f"target_modules entry {entry!r} matches only modules that cannot be adapted: "
+            f"{', '.join(found)} (first: {hits[0].fqn}: {reasons[id(hits[0].module)]})"
+            f"{_below(hits, reasons)}"
+        )
+    return adaptable
+
+
+def _excluded_by(
+    entry: str, everything: list[Candidate], reasons: dict[int, str | None]
+) -> set[int]:
+    hits = _matching(entry, everything, "exclude_modules")
+    keys = {id(c.module) for c in hits}
+    if all(reasons[key] for key in keys) and (below := _below(hits, reasons)):
+        raise TargetError(
+            f"exclude_modules entry {entry!r} matches {hits[0].fqn}, which is no linear itself, so "
+            f"it would exclude nothing{below}"
+        )
+    return keys
+
+
+def _below(hits: list[Candidate], reasons: dict[int, str | None]) -> str:
+    """How to name the linears below what an entry matches; empty where there are none."""
+    for hit in hits:
+        if any(reasons.get(id(m), "") is None for m in hit.module.modules()):
+            return f"; the linears below it are {hit.fqn + '.*'!r}"
+    return ""
+
+
+def _matching(
+    entry: str, everything: list[Candidate], field: str, linears: list[Candidate] | None = None
+) -> list[Candidate]:
+    """The candidates that match `entry`; `TargetError` with the nearest names where none does."""
+    hits = [c for c in everything if c.fqn and c.matches(entry)]
+    if hits:
+        return hits
+    pool = everything if linears is None else linears
+    kind = "modules" if linears is None else "linears"
+    raise TargetError(
+        f"{field} entry {entry!r} matches none of the {len(pool)} {kind}{did_you_mean(entry, pool)}"
+    )
+
+
+def did_you_mean(entry: str, pool: list[Candidate]) -> str:
+    """The end of an error message: the names nearest to an entry that matches none of `pool`."""
+    if re.fullmatch("all.?linears?", entry, re.IGNORECASE):
+        return f"; for every linear pass target_modules={ALL_LINEAR!r}, not in a list"
+    plain = entry.removeprefix("re:").strip("*.^$")
+    last = {c.fqn.rpartition(".")[2] for c in pool}
+    near = _nearest(plain.rpartition(".")[2], last) or _nearest(plain, {c.fqn for c in pool})
+    if near:
+        return f"; did you mean {', '.join(repr(name) for name in near)}?"
+    some = sorted(last)[:8]
+    return f"; their names end in {', '.join(repr(name) for name in some)}"
+
+
+def _nearest(name: str, names: set[str]) -> list[str]:
+    by_lower = {known.lower(): known for known in sorted(names)}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
+    return [by_lower[lower] for lower in near]
+
+
+def _why_not(module: nn.Module, reason: str | None) -> str | None:
+    """Why a module that looks like a linear is not adapted; None if it does not look like one."""
+    if isinstance(module, nn.Linear | TELinear):
+        return reason
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag | _ConvNd):
+        return None
+    for name, parameter in module._parameters.items():
+        if parameter is not None and parameter.dim() in (2, 3) and min(parameter.shape) > 1:
+            shape = "×".join(str(size) for size in parameter.shape)
+            return f"its parameter {name!r} ({shape}) is not the weight of a linear module"
+    return None

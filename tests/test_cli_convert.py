@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from bridge.peft import adapter_state_dict, save_adapter
 from bridge.peft.cli import main
-from tests.formats_llama import adapted, base
+from tests.helpers.formats_llama import adapted, base
 
 HEADS = ["--heads", "4", "--query-groups", "2", "--head-dim", "8"]
 

@@ -7,7 +7,7 @@ import pytest
 from bridge.peft import AdapterError
 from bridge.peft.finetune.data import Row, data_digest, read_jsonl, rows_of, shape_of
 from bridge.peft.finetune.samples import IGNORED, Sample, fit_length, tokenize
-from tests.cli_fixtures import TEMPLATE, UNMARKED_TEMPLATE, char_tokenizer, write_rows
+from tests.helpers.cli_fixtures import TEMPLATE, UNMARKED_TEMPLATE, char_tokenizer, write_rows
 
 
 def row(**columns) -> Row:

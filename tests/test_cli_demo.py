@@ -8,7 +8,7 @@ import pytest
 from bridge.peft.demo import DEMO_LORA, DEMO_TRAINING, base_model_dir
 from bridge.peft.finetune import demo as demo_run
 from bridge.peft.finetune.record import checkpoints
-from tests.cli_fixtures import (
+from tests.helpers.cli_fixtures import (
     files_in,
     finetune,
     one_thread,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli_fixtures import finetune, save_tiny_model, sums, write_rows
+from tests.helpers.cli_fixtures import finetune, save_tiny_model, sums, write_rows
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -18,7 +18,7 @@ from bridge.peft.finetune import disk, report
 from bridge.peft.finetune import metrics as run_metrics
 from bridge.peft.finetune.options import TrainingOptions, total_steps
 from bridge.peft.finetune.record import checkpoints
-from tests.cli_fixtures import (
+from tests.helpers.cli_fixtures import (
     TEMPLATE,
     UNMARKED_TEMPLATE,
     char_tokenizer,

@@ -9,7 +9,7 @@ from bridge.peft import LoRA, save_adapter
 from bridge.peft.cli import main
 from bridge.peft.cli.inspect import _natural, update_norm
 from bridge.peft.lora import adapted_modules
-from tests import models
+from tests.helpers import models
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from bridge.peft import AdapterError, LoRA, save_adapter
 from bridge.peft.cli import main
 from bridge.peft.cli import merge as command
 from bridge.peft.lora import adapted_modules
-from tests import models
+from tests.helpers import models
 
 transformers.utils.logging.disable_progress_bar()
 

@@ -8,7 +8,7 @@ import transformers
 
 from bridge.peft import LoRA
 from bridge.peft.cli import main
-from tests.cli_fixtures import save_tiny_model
+from tests.helpers.cli_fixtures import save_tiny_model
 
 
 @pytest.fixture(scope="module")

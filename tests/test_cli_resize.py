@@ -8,7 +8,7 @@ from bridge.peft import LoRA, save_adapter
 from bridge.peft.cli import main
 from bridge.peft.formats.peft import read_adapter
 from bridge.peft.lora import adapted_modules
-from tests import models
+from tests.helpers import models
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from bridge.peft.finetune.record import (
     existing_run,
     write_record,
 )
-from tests.cli_fixtures import (
+from tests.helpers.cli_fixtures import (
     files_in,
     finetune,
     one_thread,

@@ -11,7 +11,7 @@ from bridge.peft.cli import main
 from bridge.peft.doctor import doctor
 from bridge.peft.doctor.tensor_checks import used_rank
 from bridge.peft.errors import AdapterError
-from tests import models
+from tests.helpers import models
 
 RECIPE = LoRA(dim=4, alpha=8, seed=0)
 

@@ -13,7 +13,7 @@ from bridge.peft.errors import AdapterError
 from bridge.peft.formats.convert.adapters import convert_adapter, detect_format
 from bridge.peft.formats.convert.layout import AttentionLayout
 from bridge.peft.formats.peft import read_adapter
-from tests.formats_llama import LAYOUT, adapted, base
+from tests.helpers.formats_llama import LAYOUT, adapted, base
 
 
 @pytest.fixture

@@ -21,8 +21,8 @@ from torch import nn
 from bridge.peft import LoRA, adapter_state_dict, load_adapter, save_adapter
 from bridge.peft.errors import AdapterError
 from bridge.peft.formats.convert.adapters import convert_adapter
-from tests.formats_llama import LAYOUT, adapted
-from tests.formats_mutations import mutate
+from tests.helpers.formats_llama import LAYOUT, adapted
+from tests.helpers.formats_mutations import mutate
 
 CASES = int(os.environ.get("BRIDGE_PEFT_FUZZ_CASES", "2000"))
 MAX_SECONDS = 2.0

@@ -27,7 +27,7 @@ from bridge.peft.errors import AlreadyAdaptedError
 from bridge.peft.formats.convert.adapters import convert_adapter
 from bridge.peft.formats.files.safetensors_file import serialize
 from bridge.peft.formats.peft import read_adapter
-from tests import models
+from tests.helpers import models
 
 CONFIG, TENSORS, SIDE = "adapter_config.json", "adapter_model.safetensors", "bridge_adapter.json"
 A = "base_model.model.first.lora_A.weight"

@@ -9,7 +9,7 @@ from bridge.peft.errors import AdapterError, AdapterFileError
 from bridge.peft.formats.convert.layout import AttentionLayout
 from bridge.peft.formats.convert.megatron import from_megatron, to_megatron
 from bridge.peft.formats.peft.adapter_file import AdapterFile
-from tests.formats_llama import ALL, LAYOUT, adapted, base, file_of, updates, with_shared_a
+from tests.helpers.formats_llama import ALL, LAYOUT, adapted, base, file_of, updates, with_shared_a
 
 QKV = "decoder.layers.{}.self_attention.linear_qkv"
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}

@@ -14,7 +14,7 @@ from torch import nn
 from bridge.peft import LoRA, adapter_state_dict, disable_adapters, load_adapter, save_adapter
 from bridge.peft.errors import AdapterFileError
 from bridge.peft.formats.peft import read_adapter, write_adapter
-from tests import models
+from tests.helpers import models
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -10,7 +10,7 @@ import torch
 from bridge.peft.errors import AdapterError, AdapterFileError
 from bridge.peft.formats.convert.layout import AttentionLayout, interleave_halves, part_halves
 from bridge.peft.formats.convert.torchtune import from_torchtune, to_torchtune
-from tests.formats_llama import LAYOUT, adapted, file_of, updates
+from tests.helpers.formats_llama import LAYOUT, adapted, file_of, updates
 
 QWEN = dataclasses.replace(LAYOUT, interleaved=False)
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from bridge.peft import LoRA, adapter_state_dict, disable_adapters
-from tests import models
+from tests.helpers import models
 
 
 def logits(model):

@@ -15,12 +15,13 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from bridge.peft import AdapterError, LoRA, merge, merge_math, save_adapter
+from bridge.peft import AdapterError, LoRA, merge, save_adapter
 from bridge.peft.formats.peft import AdapterFile, read_adapter, write_adapter
+from bridge.peft.merging import rounding
 from bridge.peft.merging.directory import merge as merge_module
 from bridge.peft.merging.directory import merge_directory, stream, worker
 from bridge.peft.merging.directory.checkpoint import Entry, header_bytes, read_checkpoint
-from tests import models
+from tests.helpers import models
 
 transformers.utils.logging.disable_progress_bar()
 BF16 = torch.bfloat16
@@ -495,7 +496,7 @@ def test_blocks_and_sampling_change_no_weight(tmp_path, monkeypatch):
     shutil.rmtree(files.out)
     monkeypatch.setattr(worker, "_MEASURED_IN_PART", 64)
     monkeypatch.setattr(stream, "_COPY_BYTES", 100)
-    monkeypatch.setitem(merge_math._BLOCK, "cpu", 200)
+    monkeypatch.setitem(rounding._BLOCK, "cpu", 200)
     run(files)
     for name, tensor in tensors(files.out).items():
         torch.testing.assert_close(tensor, whole[name], rtol=0.01, atol=1e-4)
@@ -514,7 +515,7 @@ def test_an_adapter_of_another_base_is_noted(tmp_path):
 
 def test_several_threads_write_the_same_and_leave_the_number_of_threads(tmp_path, monkeypatch):
     files = case(tmp_path, dtype=BF16)
-    monkeypatch.setitem(merge_math._BLOCK, "cpu", 200)
+    monkeypatch.setitem(rounding._BLOCK, "cpu", 200)
     before, reports = torch.get_num_threads(), []
     try:
         for threads in (1, 5):

@@ -18,14 +18,13 @@ from bridge.peft import (
     LoRALinear,
     disable_adapters,
     merge,
-    merge_math,
-    merging,
     unmerge,
 )
+from bridge.peft.merging import in_memory, rounding
 from bridge.peft.merging.in_memory import merge_weight
 from bridge.peft.merging.report import MergeReport, MergeRow
 from bridge.peft.merging.rounding import Scratch, Update, merge_rows
-from tests import models
+from tests.helpers import models
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALF_ULP = {dtype: torch.finfo(dtype).eps / 2 for dtype in DTYPES}
@@ -79,7 +78,7 @@ def branches(draw):
 
 
 @settings(max_examples=150, deadline=None)
-@given(branches(), st.sampled_from(merging.COMPUTE_DTYPES))
+@given(branches(), st.sampled_from(in_memory.COMPUTE_DTYPES))
 def test_merged_weight_is_the_exact_sum_rounded_once(branch, dtype):
     weight, a, b, scale = branch
     merged, row = merge_weight(weight, a, b, scale, dtype=dtype)
@@ -123,7 +122,7 @@ def test_rows_and_columns_without_an_update_do_not_count_as_unchanged():
 def test_the_size_of_the_blocks_changes_nothing(dtype, monkeypatch):
     weight, a, b = torch.randn(37, 8).to(dtype), torch.randn(2, 8), torch.randn(37, 2)
     whole, row = merge_weight(weight, a, b, 0.5)
-    monkeypatch.setitem(merge_math._BLOCK, "cpu", 24)
+    monkeypatch.setitem(rounding._BLOCK, "cpu", 24)
     cut, row_of_blocks = merge_weight(weight, a, b, 0.5)
     torch.testing.assert_close(cut, whole, rtol=HALF_ULP[dtype] * 2, atol=0)
     assert row_of_blocks.unchanged == row.unchanged
@@ -303,7 +302,7 @@ def test_an_interrupted_merge_leaves_the_model_as_it_was(error, monkeypatch):
             raise error
         return merge_weight(*args, **kwargs)
 
-    monkeypatch.setattr(merging, "merge_weight", fail_at_the_third)
+    monkeypatch.setattr(in_memory, "merge_weight", fail_at_the_third)
     with pytest.raises(error):
         merge(model)
     assert_same_bits(state(model), before)

@@ -8,7 +8,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from bridge.peft import LoRA, adapter_state_dict, disable_adapters
 from bridge.peft.errors import AlreadyAdaptedError, TargetError
 from bridge.peft.targets import matches
-from tests import models
+from tests.helpers import models
 
 
 def adapted(model):

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from bridge.peft import LoRA, adapter_state_dict, disable_adapters, merge, unmerge
 from bridge.peft.branch.orientation import features, is_transposed
 from bridge.peft.lora_layers import patch_linear_module
-from tests import models
+from tests.helpers import models
 
 
 def trained_conv() -> nn.Module:

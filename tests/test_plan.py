@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from bridge.peft import LoRA, adapter_state_dict, save_adapter
-from tests import models
+from tests.helpers import models
 
 
 def test_totals_are_what_patching_then_gives(tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from bridge.peft import AdapterError, LoRA, load_adapter, save_adapter
 from bridge.peft.formats.peft import AdapterFile, read_adapter, write_adapter
 from bridge.peft.resize import kept_energy, resize
-from tests import models
+from tests.helpers import models
 
 
 def one_module(a, b, **more):

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from bridge.peft import AdapterError, LoRA, adapter_state_dict, disable_adapters, share_inputs
 from bridge.peft.errors import TargetError
 from bridge.peft.input_families import families
-from tests import models
+from tests.helpers import models
 
 NODE = "SharedInputFunctionBackward"
 

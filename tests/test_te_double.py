@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.doubles import transformer_engine as double
-from tests.te_contract import TELinearContract
+from tests.helpers.doubles import transformer_engine as double
+from tests.helpers.te_contract import TELinearContract
 
 
 @pytest.fixture

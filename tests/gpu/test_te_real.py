@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.te_contract import TELinearContract
+from tests.helpers.te_contract import TELinearContract
 
 pytestmark = pytest.mark.gpu
 

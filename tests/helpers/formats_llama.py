@@ -9,9 +9,9 @@ import torch
 from bridge.peft import LoRA, adapter_state_dict
 from bridge.peft.formats.convert.layout import AttentionLayout
 from bridge.peft.formats.peft.describe import adapter_of
-from tests import models
+from tests.helpers import models
 
-#: 4 heads of 8 in 2 groups: what `tests.models` builds.
+#: 4 heads of 8 in 2 groups: what `tests.helpers.models` builds.
 LAYOUT = AttentionLayout(heads=4, groups=2, head_dim=8, layers=2)
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -45,7 +45,7 @@ def gradients(model):
         ({"target_modules": []}, "target_modules is empty"),
         ({"target_modules": [3]}, "target_modules takes names"),
         ({"target_modules": None}, "target_modules takes names"),
-        ({"target_modules": ["re:("]}, "no valid regex"),
+        ({"target_modules": ["re:("]}, "not a valid regex"),
         ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\] must be an integer"),
         ({"alpha_pattern": {"q": math.inf}}, r"alpha_pattern\['q'\] must be a finite"),
         ({"rank_pattern": {"": 2}}, "a pattern takes names"),

@@ -311,7 +311,7 @@ def test_what_is_no_linear_is_refused_by_either_exception_type(module, make):
 @pytest.mark.parametrize("thing", [None, "q_proj", nn.Linear])
 @pytest.mark.parametrize("make", [patch_linear_module, LinearAdapter])
 def test_what_is_no_module_is_refused_like_what_is_no_linear(thing, make):
-    with pytest.raises(UnsupportedLinearError, match="it is no module; pass a linear"):
+    with pytest.raises(UnsupportedLinearError, match="it is not a module; pass a linear"):
         make(thing)
 
 

@@ -421,14 +421,6 @@ def test_sharded_weights_are_refused():
         merge(model)
 
 
-def test_cached_fp8_copies_of_a_weight_are_dropped():
-    model = trained(nn.Sequential(nn.Linear(4, 4)))
-    for step in (merge, unmerge):
-        model[0]._fp8_workspaces = {"weight": "stale"}
-        step(model)
-        assert not model[0]._fp8_workspaces
-
-
 def encoder(**more):
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, **more)
     return nn.TransformerEncoder(layer, 2).eval()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from bridge.peft.ops import lora_add, lora_linear
+from bridge.peft.ops.dispatch import lora_add, lora_linear
 from bridge.peft.ops.dropout import SeededMask, apply_, consume_, draw_seed
 
 CPU = torch.device("cpu")

@@ -11,9 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from bridge.peft.ops import lora_add, lora_linear
+from bridge.peft.ops.dispatch import lora_add, lora_linear
 from bridge.peft.ops.dropout import SeededMask, draw_seed
-from bridge.peft.ops.reference import add_branch, lora_branch_reference, lora_linear_reference
+from bridge.peft.ops.reference import (
+    add_in_base_dtype,
+    lora_branch_reference,
+    lora_linear_reference,
+)
 
 CPU = torch.device("cpu")
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -57,7 +61,7 @@ def slow(t: list[Tensor], p: float = 0.0, position: str = "pre") -> Tensor:
     mask = SeededMask(x.shape[:-1].numel(), width, p, CPU, draw_seed())
     kept, p = mask.whole().view(*x.shape[:-1], width), 1 - mask.keep_probability
     base = F.linear(x, w, bias)
-    return add_branch(base, lora_branch_reference(x, a, b, SCALE, p, position, kept))
+    return add_in_base_dtype(base, lora_branch_reference(x, a, b, SCALE, p, position, kept))
 
 
 def results(y: Tensor, t: list[Tensor], dy: Tensor) -> list[Tensor]:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor, init
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from bridge.peft.ops import choose_path, lora_add, lora_linear
+from bridge.peft.ops.dispatch import choose_path, lora_add, lora_linear
 from bridge.peft.ops.dropout import SeededMask
 from bridge.peft.ops.reference import lora_linear_reference
 

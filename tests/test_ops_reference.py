@@ -7,7 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from bridge.peft.ops.reference import add_branch, lora_branch_reference, lora_linear_reference
+from bridge.peft.ops.reference import (
+    add_in_base_dtype,
+    lora_branch_reference,
+    lora_linear_reference,
+)
 
 
 def tensors(dtype: torch.dtype = torch.float64):
@@ -64,7 +68,7 @@ def test_adding_the_branch_rounds_once():
     # 1 + 0.003907 is nearer to 1.0078125 than to 1 in bfloat16; a branch rounded first would be
     # 0.00390625, whose sum is a tie that goes to 1
     base, branch = torch.ones(1, dtype=torch.bfloat16), torch.full((1,), 0.003907)
-    assert add_branch(base, branch).item() == 1.0078125
+    assert add_in_base_dtype(base, branch).item() == 1.0078125
     assert (base + branch.bfloat16()).item() == 1.0
 
 

@@ -31,7 +31,8 @@ def test_totals_are_what_patching_then_gives(tmp_path):
         assert (row.path, row.reason) == (module.lora_path().name, module.lora_path().reason)
     save_adapter(model, tmp_path)
     size = (tmp_path / "adapter_model.safetensors").stat().st_size
-    assert plan.adapter_file_bytes == pytest.approx(size, abs=64)
+    header = size - plan.adapter_file_bytes
+    assert 0 < header < 200 * (2 * len(plan.rows) + 1)
 
 
 def test_planning_touches_nothing():

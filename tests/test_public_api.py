@@ -12,7 +12,7 @@ import bridge.peft
 NAMES = {
     "AdapterError", "AdapterWrapper", "LinearAdapter", "LoRA", "LoRALinear", "TELinearAdapter",
     "adapter_state_dict", "disable_adapters", "load_adapter", "merge", "patch_linear_module",
-    "save_adapter", "share_inputs", "unmerge",
+    "save_adapter", "unmerge",
 }  # fmt: skip
 
 

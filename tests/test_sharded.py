@@ -1,14 +1,12 @@
 """FSDP2 over two processes: adapted on meta, sharded, materialised, the same numbers."""
 
-import os
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from bridge.peft import LoRA, adapter_state_dict
+from tests.helpers.ranks import on_ranks
 
 RECIPE = LoRA(dim=4, seed=1)
 
@@ -17,15 +15,10 @@ def body():
     return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
 
 
-def shard_and_compare(rank, directory):
+def shard_and_compare():
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import distribute_tensor
 
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
-    dist.init_process_group(
-        "gloo", rank=rank, world_size=2, init_method=f"file://{directory}/rendezvous"
-    )
     torch.manual_seed(0)
     whole = RECIPE(body())
     with torch.device("meta"):
@@ -50,10 +43,8 @@ def shard_and_compare(rank, directory):
         assert shard.requires_grad == tensor.requires_grad
         if tensor.grad is not None:
             torch.testing.assert_close(shard.grad.full_tensor(), tensor.grad)
-    dist.barrier()  # none may leave while the other still waits for it
-    dist.destroy_process_group()
 
 
 @pytest.mark.distributed
 def test_fsdp2_from_meta_computes_what_one_process_computes(tmp_path):
-    mp.spawn(shard_and_compare, args=(str(tmp_path),), nprocs=2)
+    on_ranks(2, shard_and_compare, tmp_path)

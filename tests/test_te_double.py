@@ -21,7 +21,8 @@ def te(monkeypatch):
     for name, module in double.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
     layers = importlib.import_module("bridge.peft.lora_layers")
-    yield SimpleNamespace(Linear=double.Linear, layers=layers, device="cpu")
+    merging = importlib.import_module("bridge.peft.merging.in_memory")
+    yield SimpleNamespace(Linear=double.Linear, layers=layers, merging=merging, device="cpu")
     for name in [n for n in sys.modules if n.startswith("bridge.peft")]:
         monkeypatch.delitem(sys.modules, name)
 

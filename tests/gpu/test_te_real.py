@@ -14,8 +14,11 @@ pytestmark = pytest.mark.gpu
 def te():
     pytorch = pytest.importorskip("transformer_engine.pytorch")
     from bridge.peft import lora_layers
+    from bridge.peft.merging import in_memory
 
-    return SimpleNamespace(Linear=pytorch.Linear, layers=lora_layers, device="cuda")
+    return SimpleNamespace(
+        Linear=pytorch.Linear, layers=lora_layers, merging=in_memory, device="cuda"
+    )
 
 
 class TestOnTransformerEngine(TELinearContract):

@@ -120,3 +120,11 @@ class TELinearContract:
         assert torch.equal(patched(x), copied(x))
         incompatible = patched.load_state_dict(base.state_dict(), strict=False)
         assert set(incompatible.missing_keys) == {"lora_a.weight", "lora_b.weight"}
+
+    def test_merging_forgets_the_cached_fp8_copies_of_the_weight(self, te):
+        layer = self.trained(te.layers.patch_linear_module(te.Linear(16, 16, device=te.device)))
+        model = torch.nn.Sequential(layer)
+        for step in (te.merging.merge, te.merging.unmerge):
+            layer._fp8_workspaces = {"weight": "stale"}
+            step(model)
+            assert not layer._fp8_workspaces

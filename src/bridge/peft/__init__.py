@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from bridge.peft.adapter_wrapper import AdapterWrapper
     from bridge.peft.errors import AdapterError
     from bridge.peft.formats.peft.model import load_adapter, save_adapter
-    from bridge.peft.input_families import share_inputs
     from bridge.peft.lora import LoRA, adapter_state_dict
     from bridge.peft.lora_layers import (
         LinearAdapter,
@@ -22,7 +21,8 @@ if TYPE_CHECKING:
         TELinearAdapter,
         patch_linear_module,
     )
-    from bridge.peft.merging.in_memory import disable_adapters, merge, unmerge
+    from bridge.peft.merging.in_memory import merge, unmerge
+    from bridge.peft.model.disable import disable_adapters
 
 _HOME = {
     "AdapterError": "errors",
@@ -32,12 +32,11 @@ _HOME = {
     "LoRALinear": "lora_layers",
     "TELinearAdapter": "lora_layers",
     "adapter_state_dict": "lora",
-    "disable_adapters": "merging.in_memory",
+    "disable_adapters": "model.disable",
     "load_adapter": "formats.peft.model",
     "merge": "merging.in_memory",
     "patch_linear_module": "lora_layers",
     "save_adapter": "formats.peft.model",
-    "share_inputs": "input_families",
     "unmerge": "merging.in_memory",
 }
 
@@ -54,7 +53,6 @@ __all__ = [
     "merge",
     "patch_linear_module",
     "save_adapter",
-    "share_inputs",
     "unmerge",
 ]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bridge.peft.branch.initializers import derive_seed
-from bridge.peft.branch.mixin import LoRAMixin
+from bridge.peft.branch.mixin import Start
 from bridge.peft.branch.options import (
     BranchOptions,
     DropoutPosition,
@@ -19,15 +19,15 @@ from bridge.peft.branch.options import (
     check_alpha,
     check_dim,
 )
-from bridge.peft.branch.orientation import features
+from bridge.peft.branch.patch import adapted_class, patch_in_place
 from bridge.peft.errors import AdapterError, TargetError
-from bridge.peft.input_families import share_inputs
-from bridge.peft.lora_layers import adapted_class, patch_with_options
 from bridge.peft.model.encoder_fast_path import keep_encoders_off_fast_path
+from bridge.peft.model.input_gradients import let_inputs_require_grad
 from bridge.peft.model.walk import adapted_modules, unwrap
-from bridge.peft.ops import choose_path
-from bridge.peft.plan import Plan, PlanRow, with_shared_inputs
+from bridge.peft.ops.dispatch import choose_path
+from bridge.peft.plan import Plan, PlanRow
 from bridge.peft.targets import ALL_LINEAR, Candidate, did_you_mean, match_targets
+from bridge.peft.tensors import full_tensor, is_plain
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -49,8 +49,6 @@ class LoRA:
         rank_pattern: Ranks for some modules, by entry; the first that matches counts.
         alpha_pattern: Alphas for some modules, likewise.
         use_rslora: `scale = alpha / sqrt(dim)`.
-        share_inputs: Compute siblings that read one input together (q, k and v; gate and up):
-            equal results up to rounding, in less time; see `bridge.peft.share_inputs`.
         seed: A depends on (seed, FQN) alone; None draws the seed from torch's default generator.
 
     Raises:
@@ -88,10 +86,6 @@ class LoRA:
     use_rslora: bool = field(
         default=False, metadata={"help": "rank-stabilised scaling, alpha / sqrt(dim)"}
     )
-    share_inputs: bool = field(
-        default=False,
-        metadata={"help": "compute siblings that read one input (q, k, v; gate, up) together"},
-    )
     seed: int | None = field(
         default=None, metadata={"help": "seed of the initial A; default: from torch's generator"}
     )
@@ -114,12 +108,9 @@ class LoRA:
             _check_entry("a pattern", key)
         if self.seed is not None and (not isinstance(self.seed, int) or self.seed < 0):
             raise AdapterError(f"seed must be an integer >= 0 or None, got {self.seed!r}")
-        for name in ("use_rslora", "share_inputs"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise AdapterError(f"{name} must be True or False, got {value!r}")
-        if self.share_inputs and self.dropout:
-            raise AdapterError("share_inputs works without dropout only; pass dropout=0")
-        self.options_for(Candidate("", nn.Identity(), ("",)))
+        if not isinstance(self.use_rslora, bool):
+            raise AdapterError(f"use_rslora must be True or False, got {self.use_rslora!r}")
+        self._options(self.dim, self.alpha)
 
     def options_for(self, candidate: Candidate) -> BranchOptions:
         """The branch options of one module, its rank and alpha patterns applied.
@@ -128,7 +119,9 @@ class LoRA:
             candidate: The module under all its names.
         """
         dim = _first_match(self.rank_pattern, candidate, self.dim)
-        alpha = _first_match(self.alpha_pattern, candidate, self.alpha)
+        return self._options(dim, _first_match(self.alpha_pattern, candidate, self.alpha))
+
+    def _options(self, dim: int, alpha: float) -> BranchOptions:
         return BranchOptions(
             dim=dim,
             alpha=alpha,
@@ -151,9 +144,8 @@ class LoRA:
             ValueError: A quantised base needs `lora_dtype`.
         """
         chosen, skipped = self._match(unwrap(model))
-        rows = [self._row(candidate) for candidate in chosen]
         return Plan(
-            rows=tuple(with_shared_inputs(rows) if self.share_inputs else rows),
+            rows=tuple(self._row(candidate) for candidate in chosen),
             not_adapted=tuple(skipped),
             base_parameters=_count_parameters(unwrap(model)),
         )
@@ -178,11 +170,7 @@ class LoRA:
         for candidate, options in planned:
             options.resolve_dtype(_weight(candidate).dtype)
         seed = int(torch.randint(2**62, (), device="cpu")) if self.seed is None else self.seed
-        if self.share_inputs:
-            with_shared_inputs([self._row(candidate) for candidate in chosen])  # or an error
-        patch_in_place(root, [(c.module, o, derive_seed(seed, c.fqn)) for c, o in planned])
-        if self.share_inputs:
-            share_inputs(model)
+        adapt_in_place(root, [(c.module, o, derive_seed(seed, c.fqn)) for c, o in planned])
         return model
 
     def _match(self, model: nn.Module) -> tuple[list[Candidate], list[Any]]:
@@ -200,10 +188,9 @@ class LoRA:
         options = self.options_for(candidate)
         module, weight = candidate.module, _weight(candidate)
         adapted = adapted_class(type(module))
-        assert issubclass(adapted, LoRAMixin)
-        plain = adapted.plain_forward and type(weight) in (Tensor, nn.Parameter)
+        plain = adapted.plain_forward and is_plain(weight)
         path = choose_path(weight if plain else None, plain_linear=plain)
-        n_in, n_out = features(module)
+        n_in, n_out = adapted.features(module)
         return PlanRow(
             fqn=candidate.fqn,
             base_type=type(module).__name__,
@@ -218,19 +205,19 @@ class LoRA:
         )
 
 
-def patch_in_place(
-    model: nn.Module, planned: Iterable[tuple[nn.Module, BranchOptions, int]]
+def adapt_in_place(
+    model: nn.Module, planned: Iterable[tuple[nn.Module, BranchOptions, Start]]
 ) -> None:
     """Freeze a model and adapt some of its modules, in place; what was checked is not checked here.
 
     Args:
         model: The base model, not wrapped.
-        planned: The modules to adapt, each with its options and the seed of its A.
+        planned: The modules to adapt, each with its options and what its branch starts from.
     """
     model.requires_grad_(False)
-    for module, options, seed in planned:
-        patch_with_options(module, options, seed)
-    _let_inputs_require_grad(model)
+    for module, options, start in planned:
+        patch_in_place(module, options, start)
+    let_inputs_require_grad(model)
     keep_encoders_off_fast_path(model)
 
 
@@ -246,16 +233,10 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
         (FSDP2) are gathered whole, so every rank must call.
     """
     return {
-        f"{fqn}.{name}".lstrip("."): whole(parameter.detach())
+        f"{fqn}.{name}".lstrip("."): full_tensor(parameter)
         for fqn, module in adapted_modules(model)
         for name, parameter in module.adapter_parameters().items()
     }
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The full tensor of a DTensor (a collective: every rank must call), else `tensor` itself."""
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
 
 
 def _entries(recipe: LoRA, name: str) -> str | tuple[str, ...]:
@@ -277,7 +258,7 @@ def _check_entry(where: str, entry: Any) -> None:
         try:
             re.compile(entry[3:])
         except re.error as error:
-            raise AdapterError(f"{where} entry {entry!r} is no valid regex: {error}") from error
+            raise AdapterError(f"{where} entry {entry!r} is not a valid regex: {error}") from error
 
 
 def _first_match(pattern: Mapping[str, Any], candidate: Candidate, default: Any) -> Any:
@@ -296,26 +277,3 @@ def _count_parameters(model: nn.Module) -> int:
         if isinstance(m, nn.Linear) and not m.weight.is_floating_point()
     }
     return sum(packed.get(id(p), p.numel()) for p in model.parameters())
-
-
-def _let_inputs_require_grad(model: nn.Module) -> None:
-    """Let the embedding's output require grad in training, as reentrant checkpointing needs."""
-    ask = getattr(model, "get_input_embeddings", None)
-    try:
-        embedding = None if ask is None else ask()
-    except NotImplementedError:
-        embedding = None
-    found = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    for module in found if embedding is None else [embedding]:
-        if _require_grad not in module._forward_hooks.values():
-            module.register_forward_hook(_require_grad)
-
-
-def _require_grad(module: nn.Module, args: Any, output: Any) -> Any:
-    # Compiled graphs need no such help, and could not be traced through it.
-    if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
-        return None
-    if not isinstance(output, Tensor) or output.requires_grad or not output.is_floating_point():
-        return None
-    # A copy, because the model may write into what was a leaf.
-    return output.detach().requires_grad_().clone()

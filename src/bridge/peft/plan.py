@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from bridge.peft.input_families import families, no_families
-from bridge.peft.ops import Path
 from bridge.peft.targets import Skipped
 from bridge.peft.text_table import table
-
-_SAFETENSORS_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,21 +81,8 @@ class Plan:
 
     @property
     def adapter_file_bytes(self) -> int:
-        """Size of `adapter_model.safetensors` in bytes: its header and the tensors."""
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for row in self.rows:
-            shapes = {"A": [row.dim, row.in_features], "B": [row.out_features, row.dim]}
-            for letter, shape in shapes.items():
-                end = offset + shape[0] * shape[1] * row.dtype.itemsize
-                header[f"base_model.model.{row.fqn}.lora_{letter}.weight"] = {
-                    "dtype": _SAFETENSORS_DTYPES[row.dtype],
-                    "shape": shape,
-                    "data_offsets": [offset, end],
-                }
-                offset = end
-        header_bytes = len(json.dumps(header, separators=(",", ":")))
-        return 8 + -(-header_bytes // 8) * 8 + offset
+        """Size of the tensors in `adapter_model.safetensors`, in bytes; its header comes on top."""
+        return sum(row.trainable * row.dtype.itemsize for row in self.rows)
 
     @property
     def optimizer_bytes(self) -> int:
@@ -163,32 +140,6 @@ class Plan:
                 (_starred(item.fqn), item.base_type, item.reason) for item in self.not_adapted
             ).items():
                 yield f"  {name}{_times(count)} ({kind}): {reason}"
-
-
-def with_shared_inputs(rows: Sequence[PlanRow]) -> list[PlanRow]:
-    """The rows with their path where siblings read one input.
-
-    Args:
-        rows: Of the modules to adapt.
-
-    Raises:
-        TargetError: No siblings do.
-    """
-    plain = {row.fqn: row.in_features for row in rows if row.path == "fused"}
-    found = families(plain)
-    if not found:
-        raise no_families(len(plain))
-    paths = {
-        fqn: Path.shared([other for other in siblings if other != fqn])
-        for siblings in found
-        for fqn in siblings
-    }
-    return [
-        dataclasses.replace(row, path=paths[row.fqn].name, reason=paths[row.fqn].reason)
-        if row.fqn in paths
-        else row
-        for row in rows
-    ]
 
 
 def _starred(fqn: str) -> str:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from bridge.peft._optional import TELinear
-from bridge.peft.branch.adaptable import unsupported_reason
+from bridge.peft.branch.registry import unsupported_reason
 from bridge.peft.errors import AlreadyAdaptedError, TargetError
 from bridge.peft.model.walk import adapted_modules, clean_fqn
 

@@ -1,4 +1,4 @@
-"""The LoRA branch over whatever linear is next in the method resolution order."""
+"""The branch over whatever linear is next in the method resolution order."""
 
 from __future__ import annotations
 
@@ -6,18 +6,29 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
-from bridge.peft.branch.options import BranchOptions, DropoutPosition, InitMethod, LoRAMatrix
-from bridge.peft.branch.orientation import features
-from bridge.peft.ops import Path, choose_path, lora_add
+from bridge.peft.branch.matrix import LoRAMatrix
+from bridge.peft.branch.options import BranchOptions, DropoutPosition, InitMethod
+from bridge.peft.branch.wrapper import AdapterWrapper
+from bridge.peft.errors import AlreadyAdaptedError, UnsupportedLinearError
+from bridge.peft.ops.dispatch import ComputePath, choose_path, lora_add
+from bridge.peft.tensors import is_plain, is_sharded
 
+#: What a branch starts from: a seed for A, the values of A and B, or torch's default generator.
+Start = int | tuple[Tensor, Tensor] | None
 _LORA_KEYS = ("lora_a.weight", "lora_b.weight")
 
 
 class LoRAMixin(nn.Module):
-    """The LoRA branch over whatever linear is next in the method resolution order.
+    """The branch over whatever linear is next in the method resolution order.
+
+    A kind of base is a subclass in `branch/kinds/`: it says which classes it takes
+    (`takes`, `refusal`), how wide they are (`features`) and which way round they store
+    their weight (`oriented`); the rest of the library asks nothing else of it.
 
     Attributes:
+        branch_options: The options that made the branch.
         dim: Rank of the update.
         alpha: Scaling numerator.
         scale: `alpha / dim` (or `alpha / sqrt(dim)`, rank-stabilised).
@@ -30,6 +41,7 @@ class LoRAMixin(nn.Module):
         unmerged_weight: The base weight from before the merge, on the CPU, if it was kept.
     """
 
+    branch_options: BranchOptions
     dim: int
     alpha: float
     scale: float
@@ -40,13 +52,71 @@ class LoRAMixin(nn.Module):
     adapter_enabled: bool
     merged: bool
     unmerged_weight: Tensor | None
-    in_features: int
-    out_features: int
 
     #: The class before adaptation; its forward does the base's work.
     base_type: ClassVar[type[nn.Module]]
+    #: What the class's constructor copies, for messages.
+    copies: ClassVar[str]
     #: True if the base's forward is `F.linear(x, weight, bias)` and nothing else.
     plain_forward: ClassVar[bool] = False
+    #: True if the base stores its weight as (in_features, out_features).
+    transposed: ClassVar[bool] = False
+
+    @classmethod
+    def takes(cls, base_type: type[nn.Module]) -> bool:
+        """Whether this is the kind of a class of modules.
+
+        Args:
+            base_type: The class of a module before adaptation.
+        """
+        return issubclass(base_type, cls.base_type)
+
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str | None:
+        """Why a module of a class that this kind takes cannot be adapted; None if it can.
+
+        Args:
+            module: It is not adapted yet, and is not touched.
+        """
+        if taken := [name for name in _BRANCH_ATTRIBUTES if hasattr(module, name)]:
+            return f"its own attribute {taken[0]!r} would be overwritten by the adapter's"
+        weight: Tensor = module.weight  # pyright: ignore[reportAssignmentType]
+        if isinstance(weight, UninitializedParameter):
+            return "its shape is not known yet; run one forward of the model first"
+        if is_sharded(weight):
+            return "its weight is sharded (DTensor); adapt the model before sharding it"
+        if weight.device.type == "meta" and "_hf_hook" in vars(module):
+            return "its weight is offloaded; load the model without disk or CPU offload"
+        return _foreign_patch(module)
+
+    @classmethod
+    def check_copyable(cls, module: nn.Module) -> None:
+        """Raise unless a copy of `module` can be of this kind; touches nothing.
+
+        Args:
+            module: Anything.
+
+        Raises:
+            AlreadyAdaptedError: It carries an adapter or a foreign patch.
+            UnsupportedLinearError: It is not exactly of the kind's base type, or cannot be adapted.
+        """
+        check_untouched(module)
+        if type(module) is not cls.base_type:
+            raise UnsupportedLinearError(
+                f"{cls.__name__} copies {cls.copies}, got {type(module).__name__}; "
+                "patch_linear_module adapts other linears in place and keeps their own forward"
+            )
+        if reason := cls.refusal(module):
+            raise UnsupportedLinearError(f"cannot copy this {type(module).__name__}: {reason}")
+
+    @classmethod
+    def features(cls, module: nn.Module) -> tuple[int, int]:
+        """`(in_features, out_features)` of a module that this kind takes.
+
+        Args:
+            module: Adapted or not.
+        """
+        return module.in_features, module.out_features  # pyright: ignore[reportReturnType]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the base's own forward and add the branch to its result.
@@ -77,7 +147,7 @@ class LoRAMixin(nn.Module):
         """The probability in force: that of the `nn.Dropout`, 0 in evaluation."""
         return self.dropout.p if self.dropout.training else 0.0
 
-    def lora_path(self) -> Path:
+    def lora_path(self) -> ComputePath:
         """Say which path computes this layer, and why."""
         a, b = self.lora_a.weight, self.lora_b.weight
         plain = self.has_plain_base()
@@ -87,11 +157,23 @@ class LoRAMixin(nn.Module):
 
     def has_plain_base(self) -> bool:
         """Whether the base computes `F.linear` on plain tensors, not on a tensor subclass."""
-        return self.plain_forward and type(self.weight) in (Tensor, nn.Parameter)
+        return self.plain_forward and is_plain(self.weight)
 
     def oriented(self, weight: Tensor) -> Tensor:
-        """`weight` as (out_features, in_features), or back; a base may store it transposed."""
-        return weight
+        """`weight` as (out_features, in_features), or back, where the base stores it transposed.
+
+        Args:
+            weight: Of the base, either way round.
+        """
+        return weight.t() if self.transposed else weight
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The base's own weight, the way round that the base stores it."""
+        return self.weight  # pyright: ignore[reportReturnType]
+
+    def weight_was_written(self) -> None:
+        """Called after the base's weight was written in place: forget what was made from it."""
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """A and B under their names below this module."""
@@ -133,6 +215,37 @@ class LoRAMixin(nn.Module):
         lora = f"dim={self.dim}, alpha={self.alpha}, scale={self.scale:g}"
         return f"{super().extra_repr()}, {lora}, dropout_position={self.dropout_position!r}"
 
+    @classmethod
+    def attach_branch(cls, module: nn.Module, options: BranchOptions, start: Start = None) -> None:
+        """Freeze a module of this kind and give it A, B and their settings, in place.
+
+        Its class stays; `branch.patch` changes that.
+
+        Args:
+            module: A module that this kind takes.
+            options: The branch's options.
+            start: A seed for A, the values of A and B, or None for torch's default CPU generator.
+
+        Raises:
+            ValueError: The base is quantised and `options.lora_dtype` is None.
+        """
+        weight: Tensor = module.weight  # pyright: ignore[reportAssignmentType]
+        placed: dict[str, Any] = {
+            "device": weight.device,
+            "dtype": options.resolve_dtype(weight.dtype),
+        }
+        seed, (a, b) = (None, start) if isinstance(start, tuple) else (start, (None, None))
+        n_in, n_out = cls.features(module)
+        method = options.lora_A_init_method
+        lora_a = LoRAMatrix(n_in, options.dim, method, seed=seed, values=a, **placed)
+        lora_b = LoRAMatrix(options.dim, n_out, "zeros", values=b, **placed)
+        module.requires_grad_(False)
+        for name, value in _settings(options).items():
+            setattr(module, name, value)
+        module.dropout, module.lora_a, module.lora_b = nn.Dropout(options.dropout), lora_a, lora_b
+        for child in (module.dropout, lora_a, lora_b):
+            child.train(module.training)
+
     @staticmethod
     def _init_adapter(
         obj: nn.Module,
@@ -165,51 +278,42 @@ class LoRAMixin(nn.Module):
             lora_A_init_method=lora_A_init_method,
             lora_dtype=lora_dtype,
         )
-        add_branch(obj, options)
+        LoRAMixin.attach_branch(obj, options)
 
 
-class TransposedAdapter(LoRAMixin):
-    """The branch over a linear whose weight is (in_features, out_features): GPT-2's `Conv1D`."""
-
-    @property
-    def in_features(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Width of the input."""
-        return features(self)[0]
-
-    @property
-    def out_features(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Width of the output."""
-        return features(self)[1]
-
-    def oriented(self, weight: Tensor) -> Tensor:
-        """`weight` as (out_features, in_features), or back."""
-        return weight.t()
-
-
-def add_branch(module: nn.Module, options: BranchOptions, seed: int | None = None) -> None:
-    """Freeze a linear and give it A, B and their settings, in place; its class stays.
+def check_untouched(module: nn.Module) -> None:
+    """Raise unless `module` is a module as its class made it.
 
     Args:
-        module: A linear that can be adapted.
-        options: The branch's options.
-        seed: Seed for A, or None for torch's default CPU generator.
+        module: Anything.
 
     Raises:
-        ValueError: The base is quantised and `options.lora_dtype` is None.
+        AlreadyAdaptedError: It carries an adapter or a foreign patch.
+        UnsupportedLinearError: It is not a module.
     """
-    weight: Tensor = module.weight  # pyright: ignore[reportAssignmentType]
-    dtype = options.resolve_dtype(weight.dtype)
-    n_in, n_out = features(module)
-    lora_a = LoRAMatrix(
-        n_in, options.dim, options.lora_A_init_method, seed=seed, device=weight.device, dtype=dtype
-    )
-    lora_b = LoRAMatrix(options.dim, n_out, "zeros", device=weight.device, dtype=dtype)
-    dropout = nn.Dropout(options.dropout)
-    for child in (lora_a, lora_b, dropout):
-        child.train(module.training)
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
-    settings = {
+    if not isinstance(module, nn.Module):
+        raise UnsupportedLinearError(f"cannot adapt {module!r}: it is not a module; pass a linear")
+    name = type(module).__name__
+    if isinstance(module, LoRAMixin | AdapterWrapper):
+        raise AlreadyAdaptedError(
+            f"{name} is already adapted; start from the base model, or go on with that adapter"
+        )
+    if reason := _foreign_patch(module):
+        raise AlreadyAdaptedError(f"cannot adapt {name}: {reason}")
+
+
+def _foreign_patch(module: nn.Module) -> str | None:
+    # accelerate's hooks stand before a forward, and can stand before the adapted one too
+    own = vars(module)
+    if hasattr(module, "super_fwd") or ("forward" in own and "_hf_hook" not in own):
+        return "its forward is patched on the instance, past the adapter; undo that patch first"
+    return None
+
+
+def _settings(options: BranchOptions) -> dict[str, Any]:
+    """What a branch sets on its module beside its children."""
+    return {
+        "branch_options": options,
         "dim": options.dim,
         "alpha": options.alpha,
         "scale": options.scale,
@@ -218,6 +322,7 @@ def add_branch(module: nn.Module, options: BranchOptions, seed: int | None = Non
         "merged": False,
         "unmerged_weight": None,
     }
-    for name, value in settings.items():
-        setattr(module, name, value)
-    module.dropout, module.lora_a, module.lora_b = dropout, lora_a, lora_b
+
+
+#: What a branch adds to a module, which must be free before.
+_BRANCH_ATTRIBUTES = (*_settings(BranchOptions()), "dropout", "lora_a", "lora_b")

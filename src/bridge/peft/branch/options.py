@@ -1,23 +1,19 @@
-"""What a LoRA branch is made of: its options, checked once, and its two matrices."""
+"""The options of a branch, checked once."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 
-from bridge.peft.branch.initializers import A_INITIALIZERS, initialize
+from bridge.peft.branch.initializers import A_INITIALIZERS
+from bridge.peft.dtypes import TRAINABLE_DTYPES, dtype_name
 from bridge.peft.errors import AdapterError
 
 DropoutPosition = Literal["pre", "post"]
 InitMethod = Literal["xavier", "uniform"]
-#: The dtypes in which A and B can be trained.
-TRAINABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_dim(dim: object, name: str = "dim") -> None:
@@ -89,9 +85,8 @@ class BranchOptions:
         if self.lora_dtype is not None:
             return self.lora_dtype
         if weight_dtype not in TRAINABLE_DTYPES:
-            name = str(weight_dtype).removeprefix("torch.")
             raise AdapterError(
-                f"base weight is {name}, in which A and B cannot be trained; "
+                f"base weight is {dtype_name(weight_dtype)}, in which A and B cannot be trained; "
                 "pass lora_dtype=torch.bfloat16"
             )
         return weight_dtype
@@ -101,58 +96,3 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         listed = ", ".join(repr(c) for c in choices)
         raise AdapterError(f"{name} must be one of {listed}, got {value!r}")
-
-
-class LoRAMatrix(nn.Module):
-    """One of the two matrices of a branch, with the one method that may reset it.
-
-    It is not an `nn.Linear`, so that code which sweeps over linears (weight initialisation,
-    quantisation, target matching) leaves it alone; `B` stays zero until it is trained.
-
-    Attributes:
-        weight: (out_features, in_features), trainable.
-        init_method: `"xavier"`, `"uniform"` or `"zeros"`.
-        seed: Seed of the draw; None uses torch's default CPU generator.
-    """
-
-    weight: nn.Parameter
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        init_method: str,
-        *,
-        seed: int | None = None,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.init_method = init_method
-        self.seed = seed
-        self.weight = nn.Parameter(
-            torch.empty((out_features, in_features), device=device, dtype=dtype)
-        )
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the initial values again (zero for B), in place."""
-        initialize(self.weight, self.init_method, self.seed)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x Wᵀ`: (..., in_features) -> (..., out_features)."""
-        return F.linear(x, self.weight)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # `to_empty` after `meta` would leave whatever the memory held before.
-        was_meta = self.weight.device.type == "meta"
-        super()._apply(fn, recurse)
-        if was_meta:
-            self.reset_parameters()
-        return self
-
-    def extra_repr(self) -> str:
-        """What `print(module)` shows."""
-        return f"{self.in_features}, {self.out_features}, init={self.init_method!r}"

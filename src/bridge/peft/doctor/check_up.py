@@ -9,16 +9,15 @@ import torch
 from torch import nn
 
 from bridge.peft.branch.mixin import LoRAMixin
-from bridge.peft.branch.options import TRAINABLE_DTYPES
 from bridge.peft.doctor.model_checks import model_checks
 from bridge.peft.doctor.report import Check, DoctorReport, some
 from bridge.peft.doctor.tensor_checks import tensor_checks
+from bridge.peft.dtypes import TRAINABLE_DTYPES
 from bridge.peft.errors import AdapterError
 from bridge.peft.formats.peft import AdapterFile, load_adapter, read_adapter
 from bridge.peft.formats.peft.fingerprint import differences
 from bridge.peft.formats.peft.fit import plan_load
 from bridge.peft.lora import LoRA
-from bridge.peft.merging.in_memory import base_weight
 from bridge.peft.model.walk import adapted_modules, base_modules, unwrap
 
 __all__ = ["Check", "DoctorReport", "doctor"]
@@ -115,7 +114,7 @@ def _model_checks(model: nn.Module, adapter: str | Path | None) -> list[Check]:
 
 
 def _is_meta(layer: LoRAMixin) -> bool:
-    return any(p.is_meta for p in (base_weight(layer), *layer.adapter_parameters().values()))
+    return any(p.is_meta for p in (layer.base_weight, *layer.adapter_parameters().values()))
 
 
 def _lora_dtype(model: nn.Module) -> torch.dtype | None:

@@ -16,15 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from bridge.peft.branch.mixin import LoRAMixin
-from bridge.peft.branch.options import TRAINABLE_DTYPES
-from bridge.peft.branch.orientation import features
+from bridge.peft.branch.registry import features
 from bridge.peft.doctor.report import Check, Status, some
+from bridge.peft.dtypes import TRAINABLE_DTYPES
 from bridge.peft.errors import AdapterError
 from bridge.peft.formats.peft import read_adapter, save_adapter
 from bridge.peft.lora import adapter_state_dict
-from bridge.peft.merging.in_memory import base_weight, disable_adapters, merge_weight
+from bridge.peft.merging.in_memory import merge_weight
 from bridge.peft.merging.report import LOST
 from bridge.peft.merging.rounding import all_finite
+from bridge.peft.model.disable import disable_adapters
 
 Layers = dict[str, LoRAMixin]
 _ROWS = 4
@@ -112,18 +113,18 @@ def _devices(layers: Layers) -> Check:
     apart = [
         fqn
         for fqn, layer in layers.items()
-        if any(p.device != base_weight(layer).device for p in _ab(layer))
+        if any(p.device != layer.base_weight.device for p in _ab(layer))
     ]
     if apart:
         mend = "model.to(device) moves base and adapter together"
         return Check(name, "fail", f"away from the base in {some(apart, len(layers))}", mend)
-    kinds = sorted({str(base_weight(layer).device) for layer in layers.values()})
+    kinds = sorted({str(layer.base_weight.device) for layer in layers.values()})
     return Check(name, "pass", f"A and B beside the base on {', '.join(kinds)}")
 
 
 def _finite_base(layers: Layers) -> Check:
     name = "NaN and inf in the base"
-    plain = {f: base_weight(m) for f, m in layers.items() if _is_plain(base_weight(m))}
+    plain = {f: m.base_weight for f, m in layers.items() if _is_plain(m.base_weight)}
     if bad := [fqn for fqn, weight in plain.items() if not all_finite(weight)]:
         mend = "download or load the base model again"
         return Check(name, "fail", f"not finite in {some(bad, len(plain))}", mend)
@@ -221,7 +222,7 @@ def _merge_forecast(layers: Layers) -> Check:
         return Check(name, "skip", "the base is quantised, sharded or on meta")
     lost, worst = [], 0.0
     for fqn, layer in whole.items():
-        weight = layer.oriented(base_weight(layer))
+        weight = layer.oriented(layer.base_weight)
         _, row = merge_weight(weight, *_ab(layer), layer.scale, fqn=fqn)
         worst = max(worst, row.unchanged)
         if row.unchanged > LOST:
@@ -233,7 +234,7 @@ def _merge_forecast(layers: Layers) -> Check:
 
 
 def _is_mergeable(layer: LoRAMixin) -> bool:
-    plain = _is_plain(base_weight(layer))
+    plain = _is_plain(layer.base_weight)
     return plain and all(bool(torch.isfinite(p).all()) for p in _ab(layer))
 
 
@@ -249,7 +250,7 @@ def _ab(layer: LoRAMixin) -> tuple[nn.Parameter, nn.Parameter]:
 
 def _input(layer: LoRAMixin) -> Tensor:
     """Random rows in the dtype that the base takes: its weight's, or A's if that is packed."""
-    weight = base_weight(layer)
+    weight = layer.base_weight
     dtype = weight.dtype if weight.dtype in TRAINABLE_DTYPES else layer.lora_a.weight.dtype
     return torch.randn(_ROWS, features(layer)[0]).to(weight.device, dtype)
 

@@ -1,15 +1,12 @@
-"""Merge LoRA branches into base weights, unmerge them, and switch them off for a while."""
+"""Merge LoRA branches into base weights, and unmerge them: `merge`, `unmerge`."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from bridge.peft.branch.mixin import LoRAMixin
-from bridge.peft.branch.options import TRAINABLE_DTYPES
+from bridge.peft.dtypes import TRAINABLE_DTYPES
 from bridge.peft.errors import AdapterError
 from bridge.peft.merging.report import MergeReport, MergeRow
 from bridge.peft.merging.rounding import (
@@ -21,9 +18,10 @@ from bridge.peft.merging.rounding import (
     row_blocks,
 )
 from bridge.peft.merging.shared_weights import sharers
-from bridge.peft.model.encoder_fast_path import encoder_fast_path
-from bridge.peft.model.trained_parameters import forget_tie, original_parameters
+from bridge.peft.model.disable import check_kept
+from bridge.peft.model.trained_parameters import forget_tie
 from bridge.peft.model.walk import adapted_modules, unwrap
+from bridge.peft.tensors import is_plain, is_sharded
 
 #: The dtypes in which a merge can be computed.
 COMPUTE_DTYPES = (torch.float32, torch.float64)
@@ -104,7 +102,7 @@ def merge(
     for fqn, layer in layers:
         _check_finite(fqn, layer, dtype)
     for layer in tied:
-        layer.weight = nn.Parameter(base_weight(layer).detach().clone(), requires_grad=False)
+        layer.weight = nn.Parameter(layer.base_weight.detach().clone(), requires_grad=False)
         forget_tie(unwrap(model))
     rows: list[MergeRow] = []
     try:
@@ -134,86 +132,29 @@ def unmerge(model: nn.Module) -> None:
     if not merged:
         raise AdapterError("nothing is merged; call merge(model) first")
     for fqn, layer in merged:
-        _check_kept(fqn, layer)
+        check_kept(fqn, layer)
         _check_enabled(fqn, layer)
     for _, layer in merged:
         _restore(layer)
 
 
-@contextmanager
-def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Within the context the model is its base, bit for bit, merged or not.
-
-    Args:
-        model: An adapted model.
-
-    Raises:
-        AdapterError: The model has no adapters, or is merged and its base was given up.
-
-    Example:
-        >>> with disable_adapters(model):
-        ...     base_logits = model(**batch).logits
-    """
-    modules = list(adapted_modules(model))
-    if not modules:
-        raise AdapterError("the model has no adapters to disable; LoRA(...)(model) adds them")
-    for fqn, module in modules:
-        if isinstance(module, LoRAMixin) and module.merged:
-            _check_kept(fqn, module)
-    before = [(module, module.adapter_enabled) for _, module in modules]
-    with ExitStack() as stack:
-        stack.enter_context(encoder_fast_path(unwrap(model)))
-        stack.enter_context(original_parameters(unwrap(model)))
-        for _, module in modules:
-            if isinstance(module, LoRAMixin) and module.merged:
-                stack.enter_context(_base_weight_restored(module))
-        try:
-            for module, _ in before:
-                module.adapter_enabled = False
-            yield
-        finally:
-            for module, enabled in before:
-                module.adapter_enabled = enabled
-
-
-@contextmanager
-def _base_weight_restored(layer: LoRAMixin) -> Iterator[None]:
-    weight, base = base_weight(layer), layer.unmerged_weight
-    assert base is not None
-    merged = weight.detach().clone()
-    with torch.no_grad():
-        weight.copy_(base)
-    _drop_stale_copies(layer)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            weight.copy_(merged)
-        _drop_stale_copies(layer)
-
-
-def base_weight(layer: LoRAMixin) -> Tensor:
-    """The base's weight, (out_features, in_features) unless the base stores it transposed."""
-    return layer.weight  # pyright: ignore[reportReturnType]
-
-
 def _merge_layer(fqn: str, layer: LoRAMixin, dtype: torch.dtype, *, keep_base: bool) -> MergeRow:
-    weight, branch = base_weight(layer), (layer.lora_a.weight, layer.lora_b.weight, layer.scale)
+    weight, branch = layer.base_weight, (layer.lora_a.weight, layer.lora_b.weight, layer.scale)
     merged, row = merge_weight(layer.oriented(weight), *branch, dtype=dtype, fqn=fqn)
     if keep_base:
         layer.unmerged_weight = weight.detach().to("cpu", copy=True)
     weight.copy_(layer.oriented(merged))
     layer.merged = True
-    _drop_stale_copies(layer)
+    layer.weight_was_written()
     return row
 
 
 def _restore(layer: LoRAMixin) -> None:
     assert layer.unmerged_weight is not None
-    base_weight(layer).copy_(layer.unmerged_weight)
+    layer.base_weight.copy_(layer.unmerged_weight)
     layer.unmerged_weight = None
     layer.merged = False
-    _drop_stale_copies(layer)
+    layer.weight_was_written()
 
 
 def _mergeable_layers(
@@ -244,15 +185,15 @@ def _mergeable_layers(
 
 def _check_mergeable(fqn: str, layer: LoRAMixin) -> None:
     """Raise unless the layer's own weight can be merged into; tied weights aside."""
-    weight = base_weight(layer)
+    weight = layer.base_weight
     if layer.merged:
         raise AdapterError(f"{fqn} is merged already; unmerge(model) first")
     _check_enabled(fqn, layer)
-    if hasattr(weight, "device_mesh"):
+    if is_sharded(weight):
         raise AdapterError(
             f"{fqn} is sharded (DTensor); save the adapter and merge it into the unsharded base"
         )
-    if weight.dtype not in TRAINABLE_DTYPES or type(weight) not in (nn.Parameter, Tensor):
+    if weight.dtype not in TRAINABLE_DTYPES or not is_plain(weight):
         kind = type(weight).__name__ if weight.dtype in TRAINABLE_DTYPES else weight.dtype
         raise AdapterError(
             f"{fqn} is quantised ({kind}), so a merge would round to its few bits; load the "
@@ -263,7 +204,7 @@ def _check_mergeable(fqn: str, layer: LoRAMixin) -> None:
 
 
 def _check_finite(fqn: str, layer: LoRAMixin, dtype: torch.dtype) -> None:
-    weight, a, b = base_weight(layer), layer.lora_a.weight, layer.lora_b.weight
+    weight, a, b = layer.base_weight, layer.lora_a.weight, layer.lora_b.weight
     for name, tensor in (("base weight", weight), ("A", a), ("B", b)):
         if not all_finite(tensor):
             raise AdapterError(f"{fqn}: {name} holds NaN or inf; nothing was merged")
@@ -281,24 +222,9 @@ def _check_finite(fqn: str, layer: LoRAMixin, dtype: torch.dtype) -> None:
         )
 
 
-def _check_kept(fqn: str, layer: LoRAMixin) -> None:
-    if layer.unmerged_weight is None:
-        raise AdapterError(
-            f"{fqn} was merged with keep_base=False, so its base weight is gone; load the base "
-            "model again"
-        )
-
-
 def _check_enabled(fqn: str, layer: LoRAMixin) -> None:
     if not layer.adapter_enabled:
         raise AdapterError(
             f"the adapter of {fqn} is switched off; leave disable_adapters before you merge or "
             "unmerge"
         )
-
-
-def _drop_stale_copies(layer: LoRAMixin) -> None:
-    """Forget the fp8 copies of the weight that Transformer Engine caches."""
-    workspaces = getattr(layer, "_fp8_workspaces", None)
-    if workspaces:
-        workspaces.clear()

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from bridge.peft.adapter_wrapper import AdapterWrapper
 from bridge.peft.branch.mixin import LoRAMixin
+from bridge.peft.branch.wrapper import AdapterWrapper
 from bridge.peft.model.walk import clean_fqn
 
 _ORIGINALS = "parameters_before_adapter"

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from bridge.peft.adapter_wrapper import AdapterWrapper
 from bridge.peft.branch.mixin import LoRAMixin
+from bridge.peft.branch.wrapper import AdapterWrapper
 
 _WRAPPER_LEVELS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 

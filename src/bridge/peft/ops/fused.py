@@ -1,6 +1,6 @@
 """The LoRA linear as autograd functions that save x, A, B, h and one seed, and nothing larger.
 
-`branch.py` has the products of the branch; here they are joined to a base. `docs/math.md` derives
+`products.py` has the products of the branch; here they are joined to a base. `docs/math.md` derives
 the backward, `docs/memory.md` lists what is saved.
 """
 

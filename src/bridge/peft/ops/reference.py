@@ -68,12 +68,12 @@ def lora_linear_reference(
         (..., out_features).
     """
     base = F.linear(x, weight, bias)
-    return add_branch(
+    return add_in_base_dtype(
         base, lora_branch_reference(x, lora_a, lora_b, scale, dropout, dropout_position, mask)
     )
 
 
-def add_branch(base_out: Tensor, branch: Tensor) -> Tensor:
+def add_in_base_dtype(base_out: Tensor, branch: Tensor) -> Tensor:
     """Return ``base_out + branch`` in the dtype of ``base_out``, rounded once."""
     return (base_out + branch).to(base_out.dtype)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bridge.peft.branch.mixin import LoRAMixin, TransposedAdapter
+from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.errors import AdapterError
 from bridge.peft.formats.peft.adapter_file import AdapterFile
 from bridge.peft.formats.peft.config import alpha_for
@@ -48,7 +48,7 @@ def adapter_of(model: nn.Module) -> AdapterFile:
         choose_targets(layers, others),
         lora_dropout=dropout,
         use_rslora=use_rslora,
-        fan_in_fan_out=all(isinstance(layer, TransposedAdapter) for layer in layers.values()),
+        fan_in_fan_out=all(layer.transposed for layer in layers.values()),
         base_model_name_or_path=getattr(getattr(root, "config", None), "_name_or_path", None)
         or None,
         task_type=_task_type(root),

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from bridge.peft.branch.adaptable import check_adaptable, unsupported_reason
 from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.branch.options import BranchOptions
-from bridge.peft.branch.orientation import features
+from bridge.peft.branch.registry import check_adaptable, features, unsupported_reason
 from bridge.peft.errors import AdapterError, AdapterFileError, AlreadyAdaptedError
 from bridge.peft.formats.peft.adapter_file import AdapterFile
 from bridge.peft.formats.peft.saved_whole import check_whole

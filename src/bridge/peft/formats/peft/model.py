@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.errors import AdapterFileError
@@ -14,7 +14,7 @@ from bridge.peft.formats.peft.adapter_file import AdapterFile, read_adapter, wri
 from bridge.peft.formats.peft.describe import adapter_of
 from bridge.peft.formats.peft.fingerprint import differences
 from bridge.peft.formats.peft.fit import plan_load
-from bridge.peft.lora import Model, patch_in_place
+from bridge.peft.lora import Model, adapt_in_place
 from bridge.peft.model.trained_parameters import replace_parameters
 from bridge.peft.model.walk import adapted_modules, unwrap
 
@@ -73,17 +73,22 @@ def load_adapter(model: Model, directory: str | Path, *, strict: bool = False) -
     root = unwrap(model)
     planned, present = plan_load(adapter, root)
     _check_base(adapter, {fqn: module for fqn, module, _ in planned}, strict)
-    if not present:
-        patch_in_place(root, [(module, options, 0) for _, module, options in planned])
-    with torch.no_grad():
-        for fqn, module, _ in planned:
-            assert isinstance(module, LoRAMixin)
-            a, b = adapter.tensors[fqn]
-            module.lora_a.weight.copy_(a)
-            module.lora_b.weight.copy_(b)
+    tensors = adapter.tensors
+    if present:
+        _set_values([(module, *tensors[fqn]) for fqn, module, _ in planned])
+    else:
+        adapt_in_place(root, [(module, options, tensors[fqn]) for fqn, module, options in planned])
     old = adapter.base_weights
     replace_parameters(root, {name: t for name, t in adapter.whole.items() if name not in old})
     return model
+
+
+@torch.no_grad()
+def _set_values(values: list[tuple[nn.Module, Tensor, Tensor]]) -> None:
+    for module, a, b in values:
+        assert isinstance(module, LoRAMixin)
+        module.lora_a.weight.copy_(a)
+        module.lora_b.weight.copy_(b)
 
 
 def _check_base(adapter: AdapterFile, modules: dict[str, nn.Module], strict: bool) -> None:

@@ -9,7 +9,8 @@ from typing import TypeVar
 
 from torch import nn
 
-from bridge.peft.branch.orientation import is_transposed
+from bridge.peft.branch.kinds import Conv1DAdapter, LinearAdapter
+from bridge.peft.branch.registry import kind_of
 from bridge.peft.formats.peft.config import PeftConfig
 from bridge.peft.formats.peft.names import NameEnds, ends_in
 from bridge.peft.targets import output_heads
@@ -31,7 +32,7 @@ def targets(config: PeftConfig, names: Mapping[str, nn.Module], model: nn.Module
     return {
         fqn
         for fqn, module in names.items()
-        if (isinstance(module, nn.Linear) or is_transposed(type(module)))
+        if kind_of(type(module)) in (LinearAdapter, Conv1DAdapter)
         and id(module) not in heads
         and not _is_excluded(config, fqn)
     }

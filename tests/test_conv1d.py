@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from bridge.peft import LoRA, adapter_state_dict, disable_adapters, merge, unmerge
-from bridge.peft.branch.orientation import features, is_transposed
+from bridge.peft.branch.registry import features, kind_of
 from bridge.peft.lora_layers import patch_linear_module
 from tests.helpers import models
 
@@ -24,8 +24,8 @@ def trained_conv() -> nn.Module:
 
 
 def test_only_conv1d_is_transposed():
-    assert is_transposed(Conv1D)
-    assert not is_transposed(nn.Linear)
+    assert kind_of(Conv1D).transposed
+    assert not kind_of(nn.Linear).transposed
     assert features(Conv1D(5, 3)) == features(nn.Linear(3, 5)) == (3, 5)
 
 

@@ -1,0 +1,81 @@
+"""`LoRAMatrix`: A or B of a branch, with the one method that may reset it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bridge.peft.branch.initializers import initialize
+
+
+class LoRAMatrix(nn.Module):
+    """One of the two matrices of a branch, with the one method that may reset it.
+
+    It is not an `nn.Linear`, so that code which sweeps over linears (weight initialisation,
+    quantisation, target matching) leaves it alone; `B` stays zero until it is trained.
+
+    Attributes:
+        weight: (out_features, in_features), trainable.
+        init_method: `"xavier"`, `"uniform"` or `"zeros"`.
+        seed: Seed of the draw; None uses torch's default CPU generator.
+
+    Args:
+        in_features: Width of what it is applied to.
+        out_features: Width of the result.
+        init_method: How it starts.
+        seed: Seed of the draw.
+        values: (out_features, in_features), to start from instead of a draw.
+        device: Where.
+        dtype: Of the weight.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        init_method: str,
+        *,
+        seed: int | None = None,
+        values: Tensor | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.init_method = init_method
+        self.seed = seed
+        self.weight = nn.Parameter(
+            torch.empty((out_features, in_features), device=device, dtype=dtype)
+        )
+        if values is None:
+            self.reset_parameters()
+        else:
+            with torch.no_grad():
+                self.weight.copy_(values)
+
+    def reset_parameters(self) -> None:
+        """Draw the initial values again (zero for B), in place."""
+        initialize(self.weight, self.init_method, self.seed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x Wᵀ`: (..., in_features) -> (..., out_features)."""
+        return F.linear(x, self.weight)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # `to_empty` after `meta` would leave whatever the memory held before.
+        was_meta = self.weight.device.type == "meta"
+        super()._apply(fn, recurse)
+        if was_meta:
+            self.reset_parameters()
+        return self
+
+    def extra_repr(self) -> str:
+        """What `print(module)` shows."""
+        return f"{self.in_features}, {self.out_features}, init={self.init_method!r}"

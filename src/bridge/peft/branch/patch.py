@@ -1,0 +1,77 @@
+"""Make a module an adapted one in place: the same object, of a class that is both."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import nn
+
+from bridge.peft.branch.mixin import LoRAMixin, Start
+from bridge.peft.branch.options import BranchOptions
+from bridge.peft.branch.registry import check_adaptable, kind_of
+
+
+def patch_in_place(module: nn.Module, options: BranchOptions, start: Start = None) -> LoRAMixin:
+    """Adapt a module in place; nothing of the base is copied or allocated.
+
+    Args:
+        module: The module to adapt.
+        options: The branch's options.
+        start: A seed for A, the values of A and B, or None for torch's default CPU generator.
+
+    Returns:
+        The same object.
+
+    Raises:
+        UnsupportedLinearError: It cannot be adapted.
+        AlreadyAdaptedError: It is adapted or patched already; it is left as it was.
+    """
+    check_adaptable(module)
+    adapted = adapted_class(type(module))
+    adapted.attach_branch(module, options, start)
+    module.__class__ = adapted
+    assert isinstance(module, LoRAMixin)
+    if "_hf_hook" in module.__dict__:
+        # accelerate keeps the bound forward it stands before; it must be the adapted one.
+        module.__dict__["_old_forward"] = type(module).forward.__get__(module)
+    return module
+
+
+@functools.cache
+def adapted_class(base_type: type[nn.Module]) -> type[LoRAMixin]:
+    """The adapter class over `base_type`: one per type, so that compiled graphs are shared.
+
+    Args:
+        base_type: The class of a linear before adaptation.
+
+    Returns:
+        `LinearAdapter` for `nn.Linear` itself, `TELinearAdapter` for `te.Linear`, else a class
+        that derives from its kind and from `base_type`.
+    """
+    kind = kind_of(base_type)
+    assert kind is not None, base_type
+    if getattr(kind, "base_type", None) is base_type:
+        return kind
+    plain = kind.plain_forward and base_type.forward is nn.Linear.forward
+    namespace: dict[str, Any] = {
+        "__module__": __name__,
+        "__doc__": f"{base_type.__name__} + LoRA; the base's forward is its own.",
+        "__reduce_ex__": _reduce_by_base_type,
+        "base_type": base_type,
+        "plain_forward": plain,
+    }
+    if not plain:
+        namespace["forward"] = LoRAMixin.forward
+    return type(f"{base_type.__name__}Adapter", (kind, base_type), namespace)
+
+
+def _reduce_by_base_type(self: LoRAMixin, protocol: int) -> tuple[Any, ...]:
+    # The class was made at run time and has no importable name; its base has.
+    state = object.__reduce_ex__(self, 2)[2]
+    return _new_adapted, (self.base_type,), state
+
+
+def _new_adapted(base_type: type[nn.Module]) -> nn.Module:
+    cls = adapted_class(base_type)
+    return cls.__new__(cls)

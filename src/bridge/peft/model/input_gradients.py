@@ -1,0 +1,75 @@
+"""Let what enters a model want a gradient where reentrant checkpointing needs it to.
+
+`torch.utils.checkpoint(use_reentrant=True)` gives a block no gradient at all if none of its inputs
+wants one, and in a model with a frozen base nothing before the first branch does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: Inputs of a model that are not activations: a mask that wants a gradient takes slower kernels.
+_NOT_ACTIVATIONS = ("mask", "label")
+
+
+def let_inputs_require_grad(model: nn.Module) -> None:
+    """Hook the model's floating inputs and its embeddings, in place.
+
+    In a model of transformers the hooks act while reentrant checkpointing is switched on. Of
+    another it cannot be told, so there they act in every training step; that costs a copy of the
+    embeddings, and a backward down to them.
+
+    Args:
+        model: An adapted model, not wrapped.
+    """
+    hooks = _Hooks(model)
+    model.register_forward_pre_hook(hooks.of_inputs, with_kwargs=True)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.register_forward_hook(hooks.of_embedding)
+
+
+class _Hooks:
+    """The hooks of one model; an object, so that copies and pickles of the model have their own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._switches = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+
+    def of_inputs(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Replace the model's floating inputs, where needed."""
+        if not self._are_needed():
+            return None
+        return tuple(_wanting_grad(x) for x in args), {
+            name: x if any(word in name for word in _NOT_ACTIVATIONS) else _wanting_grad(x)
+            for name, x in kwargs.items()
+        }
+
+    def of_embedding(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Replace an embedding's output, where needed."""
+        return _wanting_grad(output) if self._are_needed() else None
+
+    def _are_needed(self) -> bool:
+        # Compiled graphs need no such help, and could not be traced through it.
+        if torch.compiler.is_compiling() or not (self._model.training and torch.is_grad_enabled()):
+            return False
+        return not self._switches or any(_is_reentrant(module) for module in self._switches)
+
+
+def _is_reentrant(module: nn.Module) -> bool:
+    """Whether a module of transformers checkpoints, and in the reentrant way."""
+    function = getattr(module, "_gradient_checkpointing_func", None)
+    options = getattr(function, "keywords", None) or {}
+    return bool(module.gradient_checkpointing) and options.get("use_reentrant", True) is not False
+
+
+def _wanting_grad(x: Any) -> Any:
+    if not isinstance(x, Tensor) or x.requires_grad or not x.is_floating_point():
+        return x
+    # A copy, because the model may write into what was a leaf.
+    return x.detach().requires_grad_().clone()

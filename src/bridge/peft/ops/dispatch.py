@@ -1,0 +1,184 @@
+"""The LoRA branch on tensors: ``y = W x + b + scale * B A x``, and the choice of its path."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from bridge.peft.dtypes import TRAINABLE_DTYPES
+from bridge.peft.ops.dropout import SeededMask, draw_seed
+from bridge.peft.ops.fused import (
+    LoRAAddFunction,
+    LoRALinearFunction,
+    add_forward,
+    linear_forward,
+)
+from bridge.peft.ops.products import Branch
+from bridge.peft.ops.reference import (
+    add_in_base_dtype,
+    lora_branch_reference,
+    lora_linear_reference,
+)
+from bridge.peft.tensors import is_plain
+
+
+@dataclass(frozen=True)
+class ComputePath:
+    """How a layer is computed.
+
+    Attributes:
+        name: ``"fused"`` (base and branch in one function), ``"branch"`` (the branch
+            added to another base's result) or ``"reference"`` (the plain formula).
+        reason: Why, in a few words.
+    """
+
+    name: str
+    reason: str
+
+
+#: The dtypes that autocast casts.
+_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
+
+_FUSED = ComputePath("fused", "plain linear: the branch is added into its result")
+_BRANCH = ComputePath("branch", "the base's own forward, then the branch")
+_COMPILED = ComputePath("reference", "compiled: the compiler fuses the plain formula itself")
+_FROZEN = ComputePath("reference", "A or B is frozen, so the plain formula saves less")
+_TRANSFORMED = ComputePath("reference", "inside torch.func or a forward-mode derivative")
+
+
+def choose_path(
+    *tensors: Tensor | None,
+    plain_linear: bool = True,
+    trains_a_and_b: bool = True,
+) -> ComputePath:
+    """Say which path computes a layer, and why.
+
+    Args:
+        tensors: What the branch, and a plain base, compute with, as far as it is known: in a call
+            x and all weights; ahead of it the weights alone. Not the weight of another base.
+        plain_linear: Whether the base is ``F.linear(x, weight, bias)`` and nothing else.
+        trains_a_and_b: Whether both A and B want gradients, or gradients are off altogether.
+
+    Returns:
+        The path, with its reason.
+    """
+    for t in tensors:
+        if t is not None and not is_plain(t):
+            return ComputePath("reference", f"{type(t).__name__} is a tensor subclass")
+        if t is not None and t.dtype not in TRAINABLE_DTYPES:
+            return ComputePath("reference", f"{t.dtype} is not a dtype of the fast path")
+    if torch.compiler.is_compiling():
+        return _COMPILED
+    if not trains_a_and_b:
+        return _FROZEN
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return _TRANSFORMED
+    return _FUSED if plain_linear else _BRANCH
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    dropout: float = 0.0,
+    dropout_position: str = "post",
+) -> Tensor:
+    """Return ``W x + b + scale * B A x`` for a plain floating linear base.
+
+    Args:
+        x: (..., in_features).
+        weight: (out_features, in_features).
+        bias: (out_features,) or None.
+        lora_a: (dim, in_features).
+        lora_b: (out_features, dim).
+        scale: Factor of the branch, ``alpha / dim``.
+        dropout: The effective probability in [0, 1): 0 in evaluation.
+        dropout_position: ``"pre"`` drops elements of x, ``"post"`` elements of the branch.
+
+    Returns:
+        (..., out_features), in the dtype of ``F.linear(x, weight, bias)``; autocast included.
+    """
+    x, weight, bias, lora_a, lora_b = _autocast(x, weight, bias, lora_a, lora_b)
+    path = choose_path(x, weight, bias, lora_a, lora_b, trains_a_and_b=_trains(lora_a, lora_b))
+    if path.name == "reference":
+        drop = _reference_dropout(x, lora_b, dropout, dropout_position)
+        return lora_linear_reference(x, weight, bias, lora_a, lora_b, scale, *drop)
+    seed = draw_seed() if dropout > 0.0 else None
+    branch = Branch(scale, dropout, dropout_position)
+    arguments = (x, weight, bias, lora_a, lora_b, seed, branch)
+    if torch.is_grad_enabled():
+        return LoRALinearFunction.apply(*arguments)
+    return linear_forward(*arguments)[0]
+
+
+def lora_add(
+    base_out: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    dropout: float = 0.0,
+    dropout_position: str = "post",
+) -> Tensor:
+    """Return ``base_out + scale * B A x``, for any base whose own forward gave ``base_out``.
+
+    Args:
+        base_out: (..., out_features), the base's result; never written to.
+        x: (..., in_features).
+        lora_a: (dim, in_features).
+        lora_b: (out_features, dim).
+        scale: Factor of the branch, ``alpha / dim``.
+        dropout: The effective probability in [0, 1): 0 in evaluation.
+        dropout_position: ``"pre"`` drops elements of x, ``"post"`` elements of the branch.
+
+    Returns:
+        (..., out_features), in the dtype of ``base_out``.
+    """
+    x, lora_a, lora_b = _autocast(x, lora_a, lora_b)
+    trains = _trains(lora_a, lora_b)
+    path = choose_path(base_out, x, lora_a, lora_b, plain_linear=False, trains_a_and_b=trains)
+    if path.name == "reference":
+        drop = _reference_dropout(x, lora_b, dropout, dropout_position)
+        out = lora_branch_reference(x, lora_a, lora_b, scale, *drop)
+        return add_in_base_dtype(base_out, out)
+    seed = draw_seed() if dropout > 0.0 else None
+    branch = Branch(scale, dropout, dropout_position)
+    arguments = (base_out, x, lora_a, lora_b, seed, branch)
+    if torch.is_grad_enabled():
+        return LoRAAddFunction.apply(*arguments)
+    return add_forward(*arguments)[0]
+
+
+def _trains(lora_a: Tensor, lora_b: Tensor) -> bool:
+    """Whether A and B both want gradients, or nothing does."""
+    return not torch.is_grad_enabled() or (lora_a.requires_grad and lora_b.requires_grad)
+
+
+def _reference_dropout(
+    x: Tensor, lora_b: Tensor, dropout: float, position: str
+) -> tuple[float, str, Tensor | None]:
+    """What the reference drops: a fresh draw, or compiled the seeded mask, which fuses."""
+    if dropout == 0.0 or not torch.compiler.is_compiling():
+        return dropout, position, None
+    width = x.shape[-1] if position == "pre" else lora_b.shape[0]
+    mask = SeededMask(x.shape[:-1].numel(), width, dropout, x.device, seed=None)
+    kept = mask.whole().view(*x.shape[:-1], width)
+    return 1.0 - mask.keep_probability, position, kept
+
+
+def _autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:
+    """Cast what ``F.linear`` would cast under autocast, outside of the autograd function."""
+    if not torch._C._is_any_autocast_enabled():  # the usual case, told by one call
+        return x, *others
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x, *others
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t is not None and t.dtype in _AUTOCAST else t for t in (x, *others))

@@ -56,9 +56,9 @@ def with_peft(model: nn.Module) -> nn.Module:
     return peft.get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
 
 
-def with_ours(model: nn.Module, *, share_inputs: bool = False) -> nn.Module:
+def with_ours(model: nn.Module) -> nn.Module:
     """Adapt with the recipe."""
-    return LoRA(dim=DIM, alpha=ALPHA, share_inputs=share_inputs)(model)
+    return LoRA(dim=DIM, alpha=ALPHA)(model)
 
 
 def step(model: nn.Module, embeddings: Tensor, dy: Tensor) -> None:
@@ -194,7 +194,6 @@ def main() -> None:
     models: dict[str, nn.Module] = {
         "frozen": base(layers),
         "ours": with_ours(base(layers)),
-        "ours, share_inputs": with_ours(base(layers), share_inputs=True),
         "peft": with_peft(base(layers)),
     }
     rows = steps(models, 5.0 if args.quick else 30.0)

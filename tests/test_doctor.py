@@ -148,7 +148,7 @@ def test_every_illness_is_named_with_a_mend(trained, harm, check, status, words)
     report = doctor(trained)
     found = report[check]
     assert found.status == status and re.search(words, found.detail)
-    assert found.mend and found.mend in str(report)
+    assert found.fix and found.fix in str(report)
     assert report.healthy is (status != "fail")
 
 

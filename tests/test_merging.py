@@ -22,7 +22,7 @@ from bridge.peft import (
 )
 from bridge.peft.merging import in_memory, rounding
 from bridge.peft.merging.in_memory import merge_weight
-from bridge.peft.merging.report import MergeReport, MergeRow
+from bridge.peft.merging.report import MergeRow
 from bridge.peft.merging.rounding import Scratch, Update, merge_rows
 from tests.helpers import models
 
@@ -81,7 +81,7 @@ def branches(draw):
 @given(branches(), st.sampled_from(in_memory.COMPUTE_DTYPES))
 def test_merged_weight_is_the_exact_sum_rounded_once(branch, dtype):
     weight, a, b, scale = branch
-    merged, row = merge_weight(weight, a, b, scale, dtype=dtype)
+    merged, row = merge_weight(weight, a, b, scale, compute_dtype=dtype)
     exact = weight.double() + scale * (b.double() @ a.double())
     # one rounding to the weight's dtype, and float32's error in computing the sum before it
     terms = weight.double().abs() + abs(scale) * (b.double().abs() @ a.double().abs())
@@ -156,7 +156,7 @@ def test_float64_weights_lose_nothing_to_a_float32_computation():
 def test_error_of_a_sum_in_its_own_dtype_is_reported_too(dtype):
     eps = torch.finfo(dtype).eps
     weight, b = torch.ones(1, 1, dtype=dtype), torch.full((1, 1), eps / 4, dtype=dtype)
-    merged, row = merge_weight(weight, torch.ones(1, 1), b, 1.0, dtype=dtype)
+    merged, row = merge_weight(weight, torch.ones(1, 1), b, 1.0, compute_dtype=dtype)
     assert merged.item() == 1
     assert row.max_error == pytest.approx(eps / 4)
     assert row.unchanged == 1
@@ -207,7 +207,7 @@ def test_merged_logits_differ_as_much_as_noise_of_the_reported_size_makes_them(d
     report = merge(merged)
     difference = (logits(merged.double()) - wanted).norm()
 
-    merge(exact, dtype=torch.float64)
+    merge(exact, compute_dtype=torch.float64)
     with torch.no_grad():
         for layer, row in zip(layers(exact), report.rows, strict=True):
             noise = torch.rand_like(layer.weight).mul_(4).sub_(2) * row.mean_error
@@ -252,7 +252,7 @@ def test_merged_twice_or_never_is_refused():
 
 def test_compute_dtype_other_than_float32_or_float64_is_refused():
     with pytest.raises(AdapterError, match=r"float32 or torch.float64, got torch.bfloat16"):
-        merge(trained(models.llama()), dtype=torch.bfloat16)
+        merge(trained(models.llama()), compute_dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -421,6 +421,12 @@ def test_sharded_weights_are_refused():
         merge(model)
 
 
+def test_the_old_name_of_the_computation_s_dtype_still_works():
+    model = trained(models.llama())
+    with pytest.warns(DeprecationWarning, match="compute_dtype"):
+        merge(model, dtype=torch.float64)
+
+
 def encoder(**more):
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, **more)
     return nn.TransformerEncoder(layer, 2).eval()
@@ -469,29 +475,6 @@ def test_loading_into_a_merged_model_is_refused():
     merge(model)
     with pytest.raises(RuntimeError, match=r"is merged: .*unmerge\(model\) first"):
         model.load_state_dict(values)
-
-
-def row(**more):
-    values = {"max_error": 1e-3, "mean_error": 1e-4, "unchanged": 0.0, "relative_update": 0.1}
-    return MergeRow(**({"fqn": "layer"} | values | more))
-
-
-def test_report_prints_a_table_and_warns_of_lost_updates():
-    quiet = MergeReport((row(), row(fqn="other", unchanged=0.4)))
-    assert not quiet.lost
-    assert "warning" not in str(quiet)
-    assert str(quiet).splitlines()[2].split() == [
-        "layer",
-        "1.00e-03",
-        "1.00e-04",
-        "0.0%",
-        "1.00e-01",
-    ]
-    loud = MergeReport((row(), row(fqn="other", unchanged=0.6)))
-    assert loud.lost == ("other",)
-    assert "warning: in 1 of 2 layers more than half of the update" in str(loud)
-    assert loud.to_dict()["lost"] == ["other"]
-    assert loud.to_dict()["rows"][0]["fqn"] == "layer"
 
 
 def test_an_update_too_small_for_bfloat16_is_reported_as_lost():

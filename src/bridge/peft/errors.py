@@ -1,10 +1,18 @@
-"""The exceptions a user of `bridge.peft` can meet, each also the builtin a caller expects."""
+"""The exceptions a user of `bridge.peft` can meet, each also the builtin a caller expects.
+
+AdapterError (ValueError)             anything about an adapter that the caller can fix
+├── TargetError                       a target matches nothing, or nothing that can be adapted
+├── AdapterFileError                  a file is damaged, hostile, or does not fit the model
+└── AlreadyAdaptedError               … and AssertionError: adapted or patched before
+UnsupportedLinearError                NotImplementedError and AssertionError: cannot be adapted
+MissingExtraError (ImportError)       an optional package is not installed
+"""
 
 from __future__ import annotations
 
 
 class AdapterError(ValueError):
-    """Anything about an adapter that the caller can mend; the message says how."""
+    """Anything about an adapter that the caller can fix; the message says how."""
 
 
 class TargetError(AdapterError):

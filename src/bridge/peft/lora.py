@@ -55,40 +55,18 @@ class LoRA:
         ValueError: A value is out of its range; raised once, at construction.
     """
 
-    target_modules: str | Sequence[str] = field(
-        default=ALL_LINEAR,
-        metadata={"help": 'modules to adapt: names, wildcards, re:regexes, or "all-linear"'},
-    )
-    exclude_modules: Sequence[str] = field(
-        default=(), metadata={"help": "modules to leave alone, in the same syntax"}
-    )
-    dim: int = field(default=32, metadata={"help": "rank of the update"})
-    alpha: float = field(default=32, metadata={"help": "scaling numerator; scale = alpha / dim"})
-    dropout: float = field(
-        default=0.0,
-        metadata={"help": "probability that an element of the branch is dropped, in [0, 1)"},
-    )
-    dropout_position: DropoutPosition = field(
-        default="pre", metadata={"help": "drop the branch's input (pre) or output"}
-    )
-    lora_A_init_method: InitMethod = field(
-        default="xavier", metadata={"help": "how A starts: xavier or uniform"}
-    )
-    lora_dtype: torch.dtype | None = field(
-        default=None, metadata={"help": "dtype of A and B; default: the base weight's"}
-    )
-    rank_pattern: Mapping[str, int] = field(
-        default_factory=dict, metadata={"help": "ranks of some modules, as entry=rank"}
-    )
-    alpha_pattern: Mapping[str, float] = field(
-        default_factory=dict, metadata={"help": "alphas of some modules, as entry=alpha"}
-    )
-    use_rslora: bool = field(
-        default=False, metadata={"help": "rank-stabilised scaling, alpha / sqrt(dim)"}
-    )
-    seed: int | None = field(
-        default=None, metadata={"help": "seed of the initial A; default: from torch's generator"}
-    )
+    target_modules: str | Sequence[str] = ALL_LINEAR
+    exclude_modules: Sequence[str] = ()
+    dim: int = 32
+    alpha: float = 32
+    dropout: float = 0.0
+    dropout_position: DropoutPosition = "pre"
+    lora_A_init_method: InitMethod = "xavier"
+    lora_dtype: torch.dtype | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target_modules", _entries(self, "target_modules"))

@@ -187,8 +187,8 @@ def _excluded_by(
     keys = {id(c.module) for c in hits}
     if all(reasons[key] for key in keys) and (below := _below(hits, reasons)):
         raise TargetError(
-            f"exclude_modules entry {entry!r} matches {hits[0].fqn}, which is no linear itself, so "
-            f"it would exclude nothing{below}"
+            f"exclude_modules entry {entry!r} matches {hits[0].fqn}, which is not a linear "
+            f"itself, so it would exclude nothing{below}"
         )
     return keys
 

@@ -1,4 +1,4 @@
-"""A check-up of a model, an adapter, or the two together: pass, warn or fail, with the mend."""
+"""A check-up of a model, an adapter, or the two together: pass, warn or fail, with the fix."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _model_checks(model: nn.Module, adapter: str | Path | None) -> list[Check]:
         pairs = {f: (m.lora_a.weight.detach(), m.lora_b.weight.detach()) for f, m in layers.items()}
         checks += tensor_checks(pairs)
         if any(check.status == "fail" for check in checks):
-            # NaN in A or B would fail the checks that compute, each with a mend of its own
+            # NaN in A or B would fail the checks that compute, each with a fix of its own
             return [*checks, Check("forward and backward", "skip", "the values are not finite")]
     return checks + model_checks(model, layers)
 

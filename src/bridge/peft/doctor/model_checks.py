@@ -39,11 +39,11 @@ def model_checks(model: nn.Module, layers: Layers) -> list[Check]:
         layers: Its layers that were adapted in place, by name.
     """
     if merged := [fqn for fqn, layer in layers.items() if layer.merged]:
-        mend = "unmerge(model) first"
-        return [Check("state", "warn", f"merged: {some(merged, len(layers))}", mend)]
+        fix = "unmerge(model) first"
+        return [Check("state", "warn", f"merged: {some(merged, len(layers))}", fix)]
     if off := [fqn for fqn, layer in layers.items() if not layer.adapter_enabled]:
-        mend = "leave disable_adapters first"
-        return [Check("state", "warn", f"switched off: {some(off, len(layers))}", mend)]
+        fix = "leave disable_adapters first"
+        return [Check("state", "warn", f"switched off: {some(off, len(layers))}", fix)]
     checks = [_frozen(model, layers), _dtypes(layers), _devices(layers), _finite_base(layers)]
     if failed := [check.name for check in checks[1:] if check.status == "fail"]:
         return [*checks, Check("forward and backward", "skip", f"see {' and '.join(failed)}")]
@@ -85,8 +85,8 @@ def _frozen(model: nn.Module, layers: Layers) -> Check:
     own = {id(p) for layer in layers.values() for p in layer.adapter_parameters().values()}
     idle = [f for f, m in layers.items() if not all(p.requires_grad for p in _ab(m))]
     if idle:
-        mend = "requires_grad_(True) on lora_a and lora_b of these modules"
-        return Check(name, "fail", f"A or B is frozen in {some(idle, len(layers))}", mend)
+        fix = "requires_grad_(True) on lora_a and lora_b of these modules"
+        return Check(name, "fail", f"A or B is frozen in {some(idle, len(layers))}", fix)
     others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in own]
     if others:
         detail = f"{len(others)} base parameters are trained too (first: {others[0]})"
@@ -98,8 +98,8 @@ def _dtypes(layers: Layers) -> Check:
     name = "dtypes"
     mixed = [f for f, m in layers.items() if len({p.dtype for p in _ab(m)}) > 1]
     if mixed:
-        mend = "cast lora_a and lora_b to one dtype"
-        return Check(name, "fail", f"A and B differ in {some(mixed, len(layers))}", mend)
+        fix = "cast lora_a and lora_b to one dtype"
+        return Check(name, "fail", f"A and B differ in {some(mixed, len(layers))}", fix)
     half = [f for f, m in layers.items() if m.lora_a.weight.dtype == torch.float16]
     if half:
         detail = f"A and B are float16 in {some(half, len(layers))}"
@@ -116,8 +116,8 @@ def _devices(layers: Layers) -> Check:
         if any(p.device != layer.base_weight.device for p in _ab(layer))
     ]
     if apart:
-        mend = "model.to(device) moves base and adapter together"
-        return Check(name, "fail", f"away from the base in {some(apart, len(layers))}", mend)
+        fix = "model.to(device) moves base and adapter together"
+        return Check(name, "fail", f"away from the base in {some(apart, len(layers))}", fix)
     kinds = sorted({str(layer.base_weight.device) for layer in layers.values()})
     return Check(name, "pass", f"A and B beside the base on {', '.join(kinds)}")
 
@@ -126,8 +126,8 @@ def _finite_base(layers: Layers) -> Check:
     name = "NaN and inf in the base"
     plain = {f: m.base_weight for f, m in layers.items() if _is_plain(m.base_weight)}
     if bad := [fqn for fqn, weight in plain.items() if not all_finite(weight)]:
-        mend = "download or load the base model again"
-        return Check(name, "fail", f"not finite in {some(bad, len(plain))}", mend)
+        fix = "download or load the base model again"
+        return Check(name, "fail", f"not finite in {some(bad, len(plain))}", fix)
     if not plain:
         return Check(name, "skip", "the base is quantised or sharded")
     return Check(name, "pass", f"all weights of {len(plain)} modules are finite")
@@ -187,8 +187,8 @@ def _whole_model(model: nn.Module, layers: Layers) -> Check:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return Check(name, "skip", f"it does not run on its sample inputs: {reason:.80}")
     if not torch.equal(with_branches, base):
-        mend = "a replaced parameter or a hook differs between the two; see disable_adapters"
-        return Check(name, "fail", "with B = 0 the output is not the disabled model's", mend)
+        fix = "a replaced parameter or a hook differs between the two; see disable_adapters"
+        return Check(name, "fail", "with B = 0 the output is not the disabled model's", fix)
     reached = {id(p) for p, g in zip(weights, gradients, strict=True) if _all_reached([g])}
     missing = [f for f, m in layers.items() if not all(id(p) in reached for p in _ab(m))]
     if missing:

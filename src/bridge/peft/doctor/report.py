@@ -1,4 +1,4 @@
-"""What a check-up found: one line a check, each with the mend."""
+"""What a check-up found: one line a check, each with the fix."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Check:
         name: What was looked at.
         status: `"pass"`, `"warn"`, `"fail"`, or `"skip"` where it could not be looked at.
         detail: What was found.
-        mend: What to do about it; empty where nothing is to be done.
+        fix: What to do about it; empty where nothing is to be done.
     """
 
     name: str
     status: Status
     detail: str
-    mend: str = ""
+    fix: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class DoctorReport:
         rows = [(check.status.upper(), check.name, check.detail) for check in self.checks]
         yield from table(("", "check", "found"), rows)
         for check in self.checks:
-            if check.mend:
-                yield f"{check.name}: {check.mend}"
+            if check.fix:
+                yield f"{check.name}: {check.fix}"
         counts = {
             status: sum(check.status == status for check in self.checks)
             for status in ("pass", "warn", "fail", "skip")

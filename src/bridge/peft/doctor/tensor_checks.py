@@ -52,8 +52,8 @@ def _finite(pairs: Pairs) -> Check:
     name = "NaN and inf"
     bad = [f for f, ab in pairs.items() if not all(bool(torch.isfinite(t).all()) for t in ab)]
     if bad:
-        mend = "train again with a lower learning rate or gradient clipping"
-        return Check(name, "fail", f"not finite in {some(bad, len(pairs))}", mend)
+        fix = "train again with a lower learning rate or gradient clipping"
+        return Check(name, "fail", f"not finite in {some(bad, len(pairs))}", fix)
     return Check(name, "pass", f"all values of {len(pairs)} modules are finite")
 
 

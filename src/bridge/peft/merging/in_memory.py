@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -27,10 +29,12 @@ from bridge.peft.tensors import is_plain, is_sharded
 COMPUTE_DTYPES = (torch.float32, torch.float64)
 
 
-def check_compute_dtype(dtype: torch.dtype) -> None:
-    """Raise `AdapterError` unless a merge can be computed in `dtype`."""
-    if dtype not in COMPUTE_DTYPES:
-        raise AdapterError(f"merge computes in torch.float32 or torch.float64, got {dtype}")
+def check_compute_dtype(compute_dtype: torch.dtype) -> None:
+    """Raise `AdapterError` unless a merge can be computed in `compute_dtype`."""
+    if compute_dtype not in COMPUTE_DTYPES:
+        raise AdapterError(
+            f"a merge is computed in torch.float32 or torch.float64, got {compute_dtype}"
+        )
 
 
 @torch.no_grad()
@@ -40,25 +44,26 @@ def merge_weight(
     lora_b: Tensor,
     scale: float,
     *,
-    dtype: torch.dtype = torch.float32,
+    compute_dtype: torch.dtype = torch.float32,
     fqn: str = "",
 ) -> tuple[Tensor, MergeRow]:
-    """`W + scale · B A`, computed in `dtype` and rounded once to the dtype of W.
+    """`W + scale · B A`, computed in `compute_dtype` and rounded once to the dtype of W.
 
     Args:
         weight: W, (out_features, in_features).
         lora_a: A, (dim, in_features).
         lora_b: B, (out_features, dim).
         scale: Factor of the branch.
-        dtype: Dtype of the computation, float32 or float64; float64 weights always take float64.
+        compute_dtype: Dtype of the computation, float32 or float64; float64 weights always take
+            float64.
         fqn: Name for the report.
 
     Returns:
         The merged weight, a new tensor like W, and its row of the report.
     """
     weight = weight.detach()
-    dtype = torch.promote_types(dtype, weight.dtype)
-    update = Update.of([(lora_a, lora_b, scale)], dtype=dtype, device=weight.device)
+    compute_dtype = torch.promote_types(compute_dtype, weight.dtype)
+    update = Update.of([(lora_a, lora_b, scale)], dtype=compute_dtype, device=weight.device)
     merged = torch.empty_like(weight)
     rounding, scratch = Rounding.none(weight.device), Scratch()
     for rows in row_blocks(*weight.shape, device=weight.device):
@@ -71,20 +76,22 @@ def merge(
     model: nn.Module,
     *,
     keep_base: bool = True,
-    dtype: torch.dtype = torch.float32,
+    compute_dtype: torch.dtype = torch.float32,
     untie: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> MergeReport:
     """Fold every branch into its base weight, in place: `W <- W + scale · B A`.
 
-    The sum is computed in `dtype` and rounded once. While merged, the branch is not computed, and
-    `model.state_dict()` is that of the dense merged model, without A and B.
+    The sum is computed in `compute_dtype` and rounded once. While merged, the branch is not
+    computed, and `model.state_dict()` is that of the dense merged model, without A and B.
 
     Args:
         model: An adapted model.
         keep_base: Keep the original weights on the CPU, so that `unmerge` can restore them.
-        dtype: Dtype of the computation, float32 or float64.
+        compute_dtype: Dtype of the computation, float32 or float64.
         untie: Give an adapted weight that is shared with another module (a tied output head)
             storage of its own, instead of refusing. `unmerge` leaves it untied.
+        dtype: The old name of `compute_dtype`.
 
     Returns:
         A report with a row per layer.
@@ -97,17 +104,20 @@ def merge(
         >>> report = merge(model)
         >>> print(report)
     """
-    check_compute_dtype(dtype)
+    if dtype is not None:
+        warnings.warn("merge(dtype=…) is now compute_dtype=…", DeprecationWarning, stacklevel=2)
+        compute_dtype = dtype
+    check_compute_dtype(compute_dtype)
     layers, tied = _mergeable_layers(model, untie=untie)
     for fqn, layer in layers:
-        _check_finite(fqn, layer, dtype)
+        _check_finite(fqn, layer, compute_dtype)
     for layer in tied:
         layer.weight = nn.Parameter(layer.base_weight.detach().clone(), requires_grad=False)
         forget_tie(unwrap(model))
     rows: list[MergeRow] = []
     try:
         for fqn, layer in layers:
-            rows.append(_merge_layer(fqn, layer, dtype, keep_base=keep_base))
+            rows.append(_merge_layer(fqn, layer, compute_dtype, keep_base=keep_base))
     except BaseException:
         # out of memory, Ctrl-C: no model is left half merged if the originals are there
         for _, layer in layers:
@@ -138,9 +148,13 @@ def unmerge(model: nn.Module) -> None:
         _restore(layer)
 
 
-def _merge_layer(fqn: str, layer: LoRAMixin, dtype: torch.dtype, *, keep_base: bool) -> MergeRow:
+def _merge_layer(
+    fqn: str, layer: LoRAMixin, compute_dtype: torch.dtype, *, keep_base: bool
+) -> MergeRow:
     weight, branch = layer.base_weight, (layer.lora_a.weight, layer.lora_b.weight, layer.scale)
-    merged, row = merge_weight(layer.oriented(weight), *branch, dtype=dtype, fqn=fqn)
+    merged, row = merge_weight(
+        layer.oriented(weight), *branch, compute_dtype=compute_dtype, fqn=fqn
+    )
     if keep_base:
         layer.unmerged_weight = weight.detach().to("cpu", copy=True)
     weight.copy_(layer.oriented(merged))
@@ -203,7 +217,7 @@ def _check_mergeable(fqn: str, layer: LoRAMixin) -> None:
         raise AdapterError(f"{fqn} is on the meta device; load its weights before merging")
 
 
-def _check_finite(fqn: str, layer: LoRAMixin, dtype: torch.dtype) -> None:
+def _check_finite(fqn: str, layer: LoRAMixin, compute_dtype: torch.dtype) -> None:
     weight, a, b = layer.base_weight, layer.lora_a.weight, layer.lora_b.weight
     for name, tensor in (("base weight", weight), ("A", a), ("B", b)):
         if not all_finite(tensor):
@@ -214,7 +228,7 @@ def _check_finite(fqn: str, layer: LoRAMixin, dtype: torch.dtype) -> None:
     size = abs(layer.scale) * layer.dim * float(a.abs().max()) * float(b.abs().max())
     if float(weight.abs().max()) + size < torch.finfo(weight.dtype).max:
         return
-    merged, _ = merge_weight(layer.oriented(weight), a, b, layer.scale, dtype=dtype)
+    merged, _ = merge_weight(layer.oriented(weight), a, b, layer.scale, compute_dtype=compute_dtype)
     if not all_finite(merged):
         raise AdapterError(
             f"{fqn}: the merged weight overflows {weight.dtype}; nothing was merged; "

@@ -150,11 +150,11 @@ def scale_of(alpha: float, rank: int, use_rslora: bool) -> float:
     return alpha / (math.sqrt(rank) if use_rslora else rank)
 
 
-def alpha_for(scale: float, rank: int) -> float:
-    """The alpha with `alpha / rank == scale`, exactly wherever a float can say so."""
-    alpha = scale * rank
+def alpha_for(scale: float, rank: int, use_rslora: bool = False) -> float:
+    """The alpha that gives a scale at a rank, exactly wherever a float can say so."""
+    alpha = scale * (math.sqrt(rank) if use_rslora else rank)
     around = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
-    return next((a for a in around if a / rank == scale), alpha)
+    return next((a for a in around if scale_of(a, rank, use_rslora) == scale), alpha)
 
 
 def _refuse_what_cannot_be_honoured(config: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.errors import AdapterError
 from bridge.peft.formats.peft.adapter_file import AdapterFile
-from bridge.peft.formats.peft.config import alpha_for
+from bridge.peft.formats.peft.config import alpha_for, scale_of
 from bridge.peft.formats.peft.fingerprint import fingerprint
 from bridge.peft.formats.peft.new_config import new_config
 from bridge.peft.formats.peft.saved_whole import whole_of
@@ -90,12 +89,11 @@ def _layers(model: nn.Module) -> dict[str, LoRAMixin]:
 
 def _scaling(layers: dict[str, LoRAMixin]) -> tuple[bool, dict[str, float]]:
     """Whether the scales are rank-stabilised, and the alphas that give exactly these scales."""
-    plain = all(m.scale == m.alpha / m.dim for m in layers.values())
-    use_rslora = not plain and all(m.scale == m.alpha / math.sqrt(m.dim) for m in layers.values())
+    use_rslora = all(m.branch_options.use_rslora for m in layers.values())
     return use_rslora, {
         fqn: layer.alpha
-        if use_rslora or layer.scale == layer.alpha / layer.dim
-        else alpha_for(layer.scale, layer.dim)
+        if layer.scale == scale_of(layer.alpha, layer.dim, use_rslora)
+        else alpha_for(layer.scale, layer.dim, use_rslora)
         for fqn, layer in layers.items()
     }
 

@@ -23,6 +23,18 @@ SAFETENSORS_NAMES = {
 }
 
 
+def sound_dtype(base_dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which A and B train soundly over a base weight.
+
+    In 16 bits most steps of an optimizer round to nothing (bfloat16), or its state overflows
+    (float16), so half-precision and quantised bases get float32.
+
+    Args:
+        base_dtype: The dtype of the base weight.
+    """
+    return torch.float64 if base_dtype == torch.float64 else torch.float32
+
+
 def parse_dtype(word: str) -> torch.dtype:
     """Turn `bfloat16` or `torch.bfloat16` into `torch.bfloat16`.
 

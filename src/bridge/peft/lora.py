@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from bridge.peft.branch.initializers import derive_seed
-from bridge.peft.branch.mixin import Start
 from bridge.peft.branch.options import (
     BranchOptions,
     DropoutPosition,
@@ -19,11 +18,13 @@ from bridge.peft.branch.options import (
     check_alpha,
     check_dim,
 )
-from bridge.peft.branch.patch import adapted_class, patch_in_place
+from bridge.peft.branch.patch import adapted_class
+from bridge.peft.dtypes import sound_dtype
 from bridge.peft.errors import AdapterError, TargetError
-from bridge.peft.model.encoder_fast_path import keep_encoders_off_fast_path
-from bridge.peft.model.input_gradients import let_inputs_require_grad
+from bridge.peft.model.adapt import Planned, adapt_in_place, check_can_be_adapted
+from bridge.peft.model.participation import check_still_adapted
 from bridge.peft.model.walk import adapted_modules, unwrap
+from bridge.peft.model.weight_reads import read_weights
 from bridge.peft.ops.dispatch import choose_path
 from bridge.peft.plan import Plan, PlanRow
 from bridge.peft.targets import ALL_LINEAR, Candidate, did_you_mean, match_targets
@@ -45,7 +46,8 @@ class LoRA:
         dropout: Probability in [0, 1) that an element of the branch is dropped in training.
         dropout_position: `"pre"` (on the branch's input) or `"post"` (on its output).
         lora_A_init_method: `"xavier"` or `"uniform"`.
-        lora_dtype: Dtype of A and B; None takes that of each base weight.
+        lora_dtype: Dtype of A and B; None takes float32 over half-precision and quantised bases,
+            else the base weight's.
         rank_pattern: Ranks for some modules, by entry; the first that matches counts.
         alpha_pattern: Alphas for some modules, likewise.
         use_rslora: `scale = alpha / sqrt(dim)`.
@@ -88,7 +90,7 @@ class LoRA:
             raise AdapterError(f"seed must be an integer >= 0 or None, got {self.seed!r}")
         if not isinstance(self.use_rslora, bool):
             raise AdapterError(f"use_rslora must be True or False, got {self.use_rslora!r}")
-        self._options(self.dim, self.alpha)
+        self._options(self.dim, self.alpha, self.lora_dtype)
 
     def options_for(self, candidate: Candidate) -> BranchOptions:
         """The branch options of one module, its rank and alpha patterns applied.
@@ -97,16 +99,17 @@ class LoRA:
             candidate: The module under all its names.
         """
         dim = _first_match(self.rank_pattern, candidate, self.dim)
-        return self._options(dim, _first_match(self.alpha_pattern, candidate, self.alpha))
+        alpha = _first_match(self.alpha_pattern, candidate, self.alpha)
+        return self._options(dim, alpha, self.lora_dtype or sound_dtype(_weight(candidate).dtype))
 
-    def _options(self, dim: int, alpha: float) -> BranchOptions:
+    def _options(self, dim: int, alpha: float, lora_dtype: torch.dtype | None) -> BranchOptions:
         return BranchOptions(
             dim=dim,
             alpha=alpha,
             dropout=self.dropout,
             dropout_position=self.dropout_position,
             lora_A_init_method=self.lora_A_init_method,
-            lora_dtype=self.lora_dtype,
+            lora_dtype=lora_dtype,
             use_rslora=self.use_rslora,
         )
 
@@ -119,11 +122,12 @@ class LoRA:
         Raises:
             TargetError: A target, exclusion or pattern matches nothing that can be adapted.
             AlreadyAdaptedError: The model carries adapters already.
-            ValueError: A quantised base needs `lora_dtype`.
         """
+        check_can_be_adapted(model)
         chosen, skipped = self._match(unwrap(model))
+        read = read_weights(unwrap(model))
         return Plan(
-            rows=tuple(self._row(candidate) for candidate in chosen),
+            rows=tuple(self._row(candidate, read) for candidate in chosen),
             not_adapted=tuple(skipped),
             base_parameters=_count_parameters(unwrap(model)),
         )
@@ -140,15 +144,18 @@ class LoRA:
         Raises:
             TargetError: A target, exclusion or pattern matches nothing that can be adapted.
             AlreadyAdaptedError: The model carries adapters already.
-            ValueError: A quantised base needs `lora_dtype`.
         """
+        check_can_be_adapted(model)
         root = unwrap(model)
         chosen, _ = self._match(root)
-        planned = [(c, self.options_for(c)) for c in chosen]
-        for candidate, options in planned:
-            options.resolve_dtype(_weight(candidate).dtype)
         seed = int(torch.randint(2**62, (), device="cpu")) if self.seed is None else self.seed
-        adapt_in_place(root, [(c.module, o, derive_seed(seed, c.fqn)) for c, o in planned])
+        adapt_in_place(
+            root,
+            [
+                Planned(c.fqn, c.module, self.options_for(c), derive_seed(seed, c.fqn))
+                for c in chosen
+            ],
+        )
         return model
 
     def _match(self, model: nn.Module) -> tuple[list[Candidate], list[Any]]:
@@ -162,12 +169,15 @@ class LoRA:
                     )
         return chosen, skipped
 
-    def _row(self, candidate: Candidate) -> PlanRow:
+    def _row(self, candidate: Candidate, read: Mapping[nn.Module, str]) -> PlanRow:
         options = self.options_for(candidate)
         module, weight = candidate.module, _weight(candidate)
         adapted = adapted_class(type(module))
         plain = adapted.plain_forward and is_plain(weight)
         path = choose_path(weight if plain else None, plain_linear=plain)
+        reason = path.reason
+        if module in read:
+            reason = f"{read[module]} reads its weight, which reads as W + s·B·A"
         n_in, n_out = adapted.features(module)
         return PlanRow(
             fqn=candidate.fqn,
@@ -179,24 +189,8 @@ class LoRA:
             scale=options.scale,
             dtype=options.resolve_dtype(weight.dtype),
             path=path.name,
-            reason=path.reason,
+            reason=reason,
         )
-
-
-def adapt_in_place(
-    model: nn.Module, planned: Iterable[tuple[nn.Module, BranchOptions, Start]]
-) -> None:
-    """Freeze a model and adapt some of its modules, in place; what was checked is not checked here.
-
-    Args:
-        model: The base model, not wrapped.
-        planned: The modules to adapt, each with its options and what its branch starts from.
-    """
-    model.requires_grad_(False)
-    for module, options, start in planned:
-        patch_in_place(module, options, start)
-    let_inputs_require_grad(model)
-    keep_encoders_off_fast_path(model)
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -210,6 +204,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
         detached, sharing storage with the model; empty if nothing is adapted. Sharded tensors
         (FSDP2) are gathered whole, so every rank must call.
     """
+    check_still_adapted(unwrap(model))
     return {
         f"{fqn}.{name}".lstrip("."): full_tensor(parameter)
         for fqn, module in adapted_modules(model)

@@ -13,8 +13,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from bridge.peft._optional import TELinear
 from bridge.peft.branch.registry import unsupported_reason
-from bridge.peft.errors import AlreadyAdaptedError, TargetError
-from bridge.peft.model.walk import adapted_modules, clean_fqn
+from bridge.peft.errors import TargetError
+from bridge.peft.model.walk import clean_fqn, output_head
 
 ALL_LINEAR = "all-linear"
 #: Names by which a direct child of the model, if it is a linear, is its output head.
@@ -94,8 +94,7 @@ def output_heads(model: nn.Module) -> set[int]:
         for name, child in model.named_children()
         if name in _HEAD_NAMES and isinstance(child, nn.Linear)
     }
-    ask = getattr(model, "get_output_embeddings", None)
-    if ask is not None and (head := ask()) is not None:
+    if (head := output_head(model)) is not None:
         heads.add(id(head))
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     heads.update(
@@ -121,13 +120,7 @@ def match_targets(
 
     Raises:
         TargetError: An entry matches nothing, or nothing that can be adapted.
-        AlreadyAdaptedError: The model carries adapters already.
     """
-    if adapted := next(adapted_modules(model), None):
-        raise AlreadyAdaptedError(
-            f"the model already carries adapters (first: {adapted[0] or type(model).__name__}); "
-            "start from the base model, or go on with the adapter it has"
-        )
     everything = candidates(model)
     reasons = {id(c.module): unsupported_reason(c.module) for c in everything}
     linears = [c for c in everything if reasons[id(c.module)] is None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from bridge.peft.branch.options import BranchOptions, DropoutPosition, InitMetho
 from bridge.peft.branch.wrapper import AdapterWrapper
 from bridge.peft.errors import AlreadyAdaptedError, UnsupportedLinearError
 from bridge.peft.ops.dispatch import ComputePath, choose_path, lora_add
+from bridge.peft.ops.reference import add_in_base_dtype
 from bridge.peft.tensors import is_plain, is_sharded
 
 #: What a branch starts from: a seed for A, the values of A and B, or torch's default generator.
@@ -39,6 +41,8 @@ class LoRAMixin(nn.Module):
         adapter_enabled: False while the branch is switched off; see `disable_adapters`.
         merged: True while the branch is folded into the base weight; see `merge`.
         unmerged_weight: The base weight from before the merge, on the CPU, if it was kept.
+        on_call: Told of the next call of the layer, if anybody waits for it.
+        bypassed: True if the model was run, and the layer's part of it, but never the layer.
     """
 
     branch_options: BranchOptions
@@ -52,6 +56,8 @@ class LoRAMixin(nn.Module):
     adapter_enabled: bool
     merged: bool
     unmerged_weight: Tensor | None
+    on_call: Callable[[LoRAMixin], None] | None = None
+    bypassed: bool = False
 
     #: The class before adaptation; its forward does the base's work.
     base_type: ClassVar[type[nn.Module]]
@@ -61,6 +67,8 @@ class LoRAMixin(nn.Module):
     plain_forward: ClassVar[bool] = False
     #: True if the base stores its weight as (in_features, out_features).
     transposed: ClassVar[bool] = False
+    #: The name of the base's input, by which it may be passed too.
+    input_name: ClassVar[str] = "input"
 
     @classmethod
     def takes(cls, base_type: type[nn.Module]) -> bool:
@@ -78,7 +86,7 @@ class LoRAMixin(nn.Module):
         Args:
             module: It is not adapted yet, and is not touched.
         """
-        if taken := [name for name in _BRANCH_ATTRIBUTES if hasattr(module, name)]:
+        if taken := [name for name in BRANCH_ATTRIBUTES if hasattr(module, name)]:
             return f"its own attribute {taken[0]!r} would be overwritten by the adapter's"
         weight: Tensor = module.weight  # pyright: ignore[reportAssignmentType]
         if isinstance(weight, UninitializedParameter):
@@ -118,17 +126,20 @@ class LoRAMixin(nn.Module):
         """
         return module.in_features, module.out_features  # pyright: ignore[reportReturnType]
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Run the base's own forward and add the branch to its result.
 
         Args:
-            x: (..., in_features).
+            x: (..., in_features); by the base's own name for it too.
             *args: Passed on to the base.
             **kwargs: Passed on to the base.
 
         Returns:
             What the base returns, its (first) tensor of shape (..., out_features) with the branch.
         """
+        if x is None:
+            x = self.given(kwargs.pop(self.input_name, None))
+        self.note_call()
         result = self._base_forward(x, *args, **kwargs)
         if self.merged or not self.adapter_enabled:
             return result
@@ -136,12 +147,49 @@ class LoRAMixin(nn.Module):
             return (self._add_branch(result[0], x), *result[1:])
         return self._add_branch(result, x)
 
+    def note_call(self) -> None:
+        """Tell who waits for it that the layer is called; a compiled graph tells nobody."""
+        if self.on_call is not None and not torch.compiler.is_compiling():
+            self.on_call(self)
+
+    @classmethod
+    def given(cls, x: Tensor | None) -> Tensor:
+        """The input, passed by its name.
+
+        Args:
+            x: What was passed.
+
+        Raises:
+            TypeError: Nothing was, as for a linear.
+        """
+        if x is None:
+            raise TypeError(f"forward() misses its input ({cls.input_name!r})")
+        return x
+
     def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return super().forward(x, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _add_branch(self, base_out: Tensor, x: Tensor) -> Tensor:
+        if self.has_hooks_on_a_or_b():
+            return self._add_branch_by_calls(base_out, x)
         a, b = self.lora_a.weight, self.lora_b.weight
         return lora_add(base_out, x, a, b, self.scale, self.dropout_now(), self.dropout_position)
+
+    def has_hooks_on_a_or_b(self) -> bool:
+        """Whether something waits for calls of A or B: offloading, parameters gathered late."""
+        return _has_hooks(self.lora_a) or _has_hooks(self.lora_b)
+
+    def _add_branch_by_calls(self, base_out: Tensor, x: Tensor) -> Tensor:
+        """The plain formula by calls of A and B, so that hooks on them can bring their weights."""
+        dtype, pre = self.branch_dtype, self.dropout_position == "pre"
+        x = x.to(dtype)
+        branch = self.lora_b(self.lora_a(self.dropout(x) if pre else x) * self.scale)
+        return add_in_base_dtype(base_out, branch if pre else self.dropout(branch))
+
+    @property
+    def branch_dtype(self) -> torch.dtype:
+        """The dtype of A and B."""
+        return self.lora_a.weight.dtype
 
     def dropout_now(self) -> float:
         """The probability in force: that of the `nn.Dropout`, 0 in evaluation."""
@@ -151,13 +199,13 @@ class LoRAMixin(nn.Module):
         """Say which path computes this layer, and why."""
         a, b = self.lora_a.weight, self.lora_b.weight
         plain = self.has_plain_base()
-        weight: Tensor | None = self.weight if plain else None  # pyright: ignore
+        weight = self.base_weight if plain else None
         trains = a.requires_grad and b.requires_grad
         return choose_path(weight, a, b, plain_linear=plain, trains_a_and_b=trains)
 
     def has_plain_base(self) -> bool:
         """Whether the base computes `F.linear` on plain tensors, not on a tensor subclass."""
-        return self.plain_forward and is_plain(self.weight)
+        return self.plain_forward and is_plain(self.base_weight)
 
     def oriented(self, weight: Tensor) -> Tensor:
         """`weight` as (out_features, in_features), or back, where the base stores it transposed.
@@ -170,7 +218,8 @@ class LoRAMixin(nn.Module):
     @property
     def base_weight(self) -> Tensor:
         """The base's own weight, the way round that the base stores it."""
-        return self.weight  # pyright: ignore[reportReturnType]
+        own = self._parameters.get("weight")
+        return self.weight if own is None else own  # pyright: ignore[reportReturnType]
 
     def weight_was_written(self) -> None:
         """Called after the base's weight was written in place: forget what was made from it."""
@@ -281,6 +330,10 @@ class LoRAMixin(nn.Module):
         LoRAMixin.attach_branch(obj, options)
 
 
+def _has_hooks(matrix: LoRAMatrix) -> bool:
+    return bool(matrix._forward_pre_hooks or matrix._forward_hooks or "forward" in vars(matrix))
+
+
 def check_untouched(module: nn.Module) -> None:
     """Raise unless `module` is a module as its class made it.
 
@@ -325,4 +378,4 @@ def _settings(options: BranchOptions) -> dict[str, Any]:
 
 
 #: What a branch adds to a module, which must be free before.
-_BRANCH_ATTRIBUTES = (*_settings(BranchOptions()), "dropout", "lora_a", "lora_b")
+BRANCH_ATTRIBUTES = (*_settings(BranchOptions()), "dropout", "lora_a", "lora_b")

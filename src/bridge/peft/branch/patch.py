@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 from torch import nn
 
-from bridge.peft.branch.mixin import LoRAMixin, Start
+from bridge.peft.branch.kinds.read_linear import ReadLinearAdapter
+from bridge.peft.branch.mixin import BRANCH_ATTRIBUTES, LoRAMixin, Start
 from bridge.peft.branch.options import BranchOptions
 from bridge.peft.branch.registry import check_adaptable, kind_of
 
 
-def patch_in_place(module: nn.Module, options: BranchOptions, start: Start = None) -> LoRAMixin:
+def patch_in_place(
+    module: nn.Module, options: BranchOptions, start: Start = None, *, is_read: bool = False
+) -> LoRAMixin:
     """Adapt a module in place; nothing of the base is copied or allocated.
 
     Args:
         module: The module to adapt.
         options: The branch's options.
         start: A seed for A, the values of A and B, or None for torch's default CPU generator.
+        is_read: Other code reads the weight past the forward; see `ReadLinearAdapter`.
 
     Returns:
         The same object.
@@ -28,14 +33,29 @@ def patch_in_place(module: nn.Module, options: BranchOptions, start: Start = Non
         AlreadyAdaptedError: It is adapted or patched already; it is left as it was.
     """
     check_adaptable(module)
-    adapted = adapted_class(type(module))
+    plainly_read = is_read and type(module) is nn.Linear
+    adapted = ReadLinearAdapter if plainly_read else adapted_class(type(module))
     adapted.attach_branch(module, options, start)
-    module.__class__ = adapted
+    module.__class__ = adapted  # pyright: ignore[reportAttributeAccessIssue]
     assert isinstance(module, LoRAMixin)
     if "_hf_hook" in module.__dict__:
         # accelerate keeps the bound forward it stands before; it must be the adapted one.
         module.__dict__["_old_forward"] = type(module).forward.__get__(module)
     return module
+
+
+def take_branch_off(layer: LoRAMixin) -> None:
+    """Make an adapted module what it was before, in place; whether it wants gradients aside.
+
+    Args:
+        layer: An adapted module that is not merged.
+    """
+    for name in BRANCH_ATTRIBUTES:
+        layer._modules.pop(name, None)
+        vars(layer).pop(name, None)
+    layer.__class__ = layer.base_type  # pyright: ignore[reportAttributeAccessIssue]
+    if "_hf_hook" in vars(layer):
+        vars(layer)["_old_forward"] = type(layer).forward.__get__(layer)
 
 
 @functools.cache
@@ -59,11 +79,17 @@ def adapted_class(base_type: type[nn.Module]) -> type[LoRAMixin]:
         "__doc__": f"{base_type.__name__} + LoRA; the base's forward is its own.",
         "__reduce_ex__": _reduce_by_base_type,
         "base_type": base_type,
+        "input_name": _input_name(base_type),
         "plain_forward": plain,
     }
     if not plain:
         namespace["forward"] = LoRAMixin.forward
     return type(f"{base_type.__name__}Adapter", (kind, base_type), namespace)
+
+
+def _input_name(base_type: type[nn.Module]) -> str:
+    names = [*inspect.signature(base_type.forward).parameters]
+    return names[1] if len(names) > 1 else "input"
 
 
 def _reduce_by_base_type(self: LoRAMixin, protocol: int) -> tuple[Any, ...]:

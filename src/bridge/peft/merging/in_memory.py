@@ -203,6 +203,18 @@ def _check_mergeable(fqn: str, layer: LoRAMixin) -> None:
     if layer.merged:
         raise AdapterError(f"{fqn} is merged already; unmerge(model) first")
     _check_enabled(fqn, layer)
+    if "weight" not in layer._parameters:
+        raise AdapterError(
+            f"the weight of {fqn} is computed from other parameters (pruning, weight or spectral "
+            "norm, a parametrization); make it a plain weight first (prune.remove, "
+            "remove_parametrizations, …)"
+        )
+    if layer.bypassed:
+        raise AdapterError(
+            f"{fqn} was never called, though the model and the module around it ran: its branch "
+            "takes no part, and merging it could change the model; leave it out with "
+            "exclude_modules and train again"
+        )
     if is_sharded(weight):
         raise AdapterError(
             f"{fqn} is sharded (DTensor); save the adapter and merge it into the unsharded base"

@@ -2,31 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.branch.wrapper import AdapterWrapper
 
+#: Classes that hold a model as `module` and are not part of it, by name.
+_WRAPPERS = frozenset(
+    (
+        *("DistributedDataParallel", "DataParallel", "AveragedModel", "DeepSpeedEngine"),
+        *("Float16Module", "FullyShardedDataParallel"),
+    )
+)
+#: Levels that stand in the names of a model's own modules.
 _WRAPPER_LEVELS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside `DistributedDataParallel`, `DataParallel` or `torch.compile`'s module."""
-    while True:
-        if isinstance(model, DistributedDataParallel | DataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
+    """The model inside its wrappers: data parallel, compiled, averaged.
+
+    Args:
+        model: A model, possibly wrapped.
+    """
+    *_, inner = wrappers(model)
+    return inner
+
+
+def wrappers(model: nn.Module) -> Iterator[nn.Module]:
+    """A model's wrappers from the outermost on, and the model inside them at last.
+
+    Args:
+        model: A model, possibly wrapped.
+    """
+    inner: nn.Module | None = model
+    while inner is not None:
+        yield inner
+        names = {base.__name__ for base in type(inner).__mro__}
+        attribute = "module" if names & _WRAPPERS else "_orig_mod"
+        found = inner._modules.get(attribute)
+        inner = found if isinstance(found, nn.Module) else None
 
 
 def clean_fqn(fqn: str) -> str:
     """`fqn` without the levels that compiling or activation checkpointing puts in between."""
     return ".".join(part for part in fqn.split(".") if part not in _WRAPPER_LEVELS)
+
+
+def some_names(names: Sequence[str], most: int = 5) -> str:
+    """Names for a message: at most five, and how many more there are.
+
+    Args:
+        names: At least one.
+        most: How many to name.
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def adapted_modules(model: nn.Module) -> Iterator[tuple[str, LoRAMixin | AdapterWrapper]]:
@@ -54,3 +86,30 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
         for child in ("lora_a", "lora_b", "dropout")
     )
     return {fqn: module for fqn, module in modules.items() if not f"{fqn}.".startswith(own)}
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """What transformers' `get_output_embeddings()` answers, where there is such a thing.
+
+    Args:
+        model: A model, not wrapped.
+    """
+    return _asked(model, "get_output_embeddings")
+
+
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """What transformers' `get_input_embeddings()` answers, where there is such a thing.
+
+    Args:
+        model: A model, not wrapped.
+    """
+    return _asked(model, "get_input_embeddings")
+
+
+def _asked(model: nn.Module, question: str) -> nn.Module | None:
+    ask = getattr(model, question, None)
+    try:
+        answer = None if ask is None else ask()
+    except (NotImplementedError, AttributeError):
+        return None  # transformers' own answer where a model has none
+    return answer if isinstance(answer, nn.Module) else None

@@ -108,7 +108,7 @@ def lora_linear(
     x, weight, bias, lora_a, lora_b = _autocast(x, weight, bias, lora_a, lora_b)
     path = choose_path(x, weight, bias, lora_a, lora_b, trains_a_and_b=_trains(lora_a, lora_b))
     if path.name == "reference":
-        drop = _reference_dropout(x, lora_b, dropout, dropout_position)
+        drop = _reference_dropout(x, lora_b, dropout, dropout_position, path)
         return lora_linear_reference(x, weight, bias, lora_a, lora_b, scale, *drop)
     seed = draw_seed() if dropout > 0.0 else None
     branch = Branch(scale, dropout, dropout_position)
@@ -145,7 +145,7 @@ def lora_add(
     trains = _trains(lora_a, lora_b)
     path = choose_path(base_out, x, lora_a, lora_b, plain_linear=False, trains_a_and_b=trains)
     if path.name == "reference":
-        drop = _reference_dropout(x, lora_b, dropout, dropout_position)
+        drop = _reference_dropout(x, lora_b, dropout, dropout_position, path)
         out = lora_branch_reference(x, lora_a, lora_b, scale, *drop)
         return add_in_base_dtype(base_out, out)
     seed = draw_seed() if dropout > 0.0 else None
@@ -162,13 +162,18 @@ def _trains(lora_a: Tensor, lora_b: Tensor) -> bool:
 
 
 def _reference_dropout(
-    x: Tensor, lora_b: Tensor, dropout: float, position: str
+    x: Tensor, lora_b: Tensor, dropout: float, position: str, path: ComputePath
 ) -> tuple[float, str, Tensor | None]:
-    """What the reference drops: a fresh draw, or compiled the seeded mask, which fuses."""
-    if dropout == 0.0 or not torch.compiler.is_compiling():
+    """What the reference drops: by the seeded mask of the fast paths wherever it can be drawn.
+
+    So the same seed drops the same elements with and without gradients, A or B frozen or not;
+    a compiled graph draws the words of the mask itself, and fuses what makes the mask.
+    """
+    if dropout == 0.0 or path not in (_COMPILED, _FROZEN):
         return dropout, position, None
+    seed = draw_seed() if path is _FROZEN else None
     width = x.shape[-1] if position == "pre" else lora_b.shape[0]
-    mask = SeededMask(x.shape[:-1].numel(), width, dropout, x.device, seed=None)
+    mask = SeededMask(x.shape[:-1].numel(), width, dropout, x.device, seed)
     kept = mask.whole().view(*x.shape[:-1], width)
     return 1.0 - mask.keep_probability, position, kept
 

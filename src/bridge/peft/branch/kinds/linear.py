@@ -70,10 +70,27 @@ class LinearAdapter(LoRAMixin, nn.Linear):
             self, dim, alpha, dropout, dropout_position, lora_A_init_method, lora_dtype
         )
 
-    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """`W x + b + scale · B A x`: (..., in_features) -> (..., out_features)."""
-        if self.merged or not self.adapter_enabled or not self.has_plain_base():
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Tensor | None = None, *, input: Tensor | None = None
+    ) -> Tensor:
+        """`W x + b + scale · B A x`.
+
+        Args:
+            x: (..., in_features).
+            input: The same, by the name that `nn.Linear` gives it.
+
+        Returns:
+            (..., out_features).
+        """
+        if x is None:
+            x = self.given(input)
+        if self.merged or not self.adapter_enabled or not self._is_plain_call():
             return super().forward(x)
+        self.note_call()
         a, b = self.lora_a.weight, self.lora_b.weight
         drop = self.dropout_now(), self.dropout_position
-        return lora_linear(x, self.weight, self.bias, a, b, self.scale, *drop)
+        return lora_linear(x, self.base_weight, self.bias, a, b, self.scale, *drop)
+
+    def _is_plain_call(self) -> bool:
+        """Whether base and branch are one function of plain tensors, with nothing in between."""
+        return self.has_plain_base() and not self.has_hooks_on_a_or_b()

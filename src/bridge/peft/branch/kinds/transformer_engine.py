@@ -53,6 +53,7 @@ class TELinearAdapter(LoRAMixin, TELinear):
 
     base_type = TELinear
     copies = "a te.Linear"
+    input_name = "inp"
     _base_is_running = False
 
     @classmethod

@@ -14,7 +14,8 @@ from bridge.peft.formats.peft.adapter_file import AdapterFile, read_adapter, wri
 from bridge.peft.formats.peft.describe import adapter_of
 from bridge.peft.formats.peft.fingerprint import differences
 from bridge.peft.formats.peft.fit import plan_load
-from bridge.peft.lora import Model, adapt_in_place
+from bridge.peft.lora import Model
+from bridge.peft.model.adapt import Planned, adapt_in_place
 from bridge.peft.model.trained_parameters import replace_parameters
 from bridge.peft.model.walk import adapted_modules, unwrap
 
@@ -77,7 +78,7 @@ def load_adapter(model: Model, directory: str | Path, *, strict: bool = False) -
     if present:
         _set_values([(module, *tensors[fqn]) for fqn, module, _ in planned])
     else:
-        adapt_in_place(root, [(module, options, tensors[fqn]) for fqn, module, options in planned])
+        adapt_in_place(root, [Planned(*item, tensors[item[0]]) for item in planned])
     old = adapter.base_weights
     replace_parameters(root, {name: t for name, t in adapter.whole.items() if name not in old})
     return model

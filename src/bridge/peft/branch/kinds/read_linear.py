@@ -1,0 +1,36 @@
+"""A linear whose weight other code reads past its forward: it reads as W + s · B A."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from bridge.peft.branch.kinds.linear import LinearAdapter
+
+
+class ReadLinearAdapter(LinearAdapter):
+    """`LinearAdapter` for code that takes `layer.weight` into a product of its own.
+
+    Called, it computes as a `LinearAdapter` does. Read, `layer.weight` is the dense
+    `W + s · B A`, (out_features, in_features), so that the branch takes part and A and B
+    get their gradients; dropout does not act there. The checkpoint's names stay, and
+    `layer.base_weight` is W itself.
+    """
+
+    @classmethod
+    def takes(cls, base_type: type[nn.Module]) -> bool:
+        """No class as such: the recipe chooses this kind for the linears of a model that are read.
+
+        Args:
+            base_type: The class of a module before adaptation.
+        """
+        return False
+
+    @property
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """`W + s · B A`, in the dtype of W; W where the branch is off or merged."""
+        self.note_call()
+        base = self.base_weight
+        if self.merged or not self.adapter_enabled:
+            return base
+        a, b = self.lora_a.weight, self.lora_b.weight
+        return (base + self.scale * (b @ a)).to(base.dtype)

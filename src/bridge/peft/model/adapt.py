@@ -1,0 +1,95 @@
+"""Adapt some modules of a model in place, and tell the model's surroundings about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bridge.peft.branch.mixin import LoRAMixin, Start
+from bridge.peft.branch.options import BranchOptions
+from bridge.peft.branch.patch import patch_in_place, take_branch_off
+from bridge.peft.errors import AdapterError, AlreadyAdaptedError
+from bridge.peft.model.encoder_fast_path import keep_encoders_off_fast_path
+from bridge.peft.model.input_gradients import let_inputs_require_grad
+from bridge.peft.model.participation import watch_first_forward
+from bridge.peft.model.pretrained import prepare_pretrained
+from bridge.peft.model.walk import adapted_modules, output_head, wrappers
+from bridge.peft.model.weight_reads import read_weights
+
+
+class Planned(NamedTuple):
+    """One module to adapt.
+
+    Attributes:
+        fqn: Its fully qualified name.
+        module: The module.
+        options: The options of its branch.
+        start: What the branch starts from.
+    """
+
+    fqn: str
+    module: nn.Module
+    options: BranchOptions
+    start: Start
+
+
+def check_can_be_adapted(model: nn.Module) -> None:
+    """Raise if a model must not be adapted as it is; touches nothing.
+
+    Args:
+        model: A base model, possibly wrapped.
+
+    Raises:
+        AdapterError: It is inside `DistributedDataParallel`, which knows only the parameters
+            that were there when it was made.
+        AlreadyAdaptedError: It carries adapters, ours or PEFT's.
+    """
+    if any(isinstance(level, DistributedDataParallel) for level in wrappers(model)):
+        raise AdapterError(
+            "the model is inside DistributedDataParallel, which would not synchronise A and B "
+            "added now; adapt the model first, then wrap it"
+        )
+    if adapted := next(adapted_modules(model), None):
+        raise AlreadyAdaptedError(
+            f"the model already carries adapters (first: {adapted[0] or type(model).__name__}); "
+            "start from the base model, or go on with the adapter it has"
+        )
+    for fqn, module in model.named_modules():
+        if type(module).__module__.startswith("peft."):
+            raise AlreadyAdaptedError(
+                f"the model already carries an adapter of PEFT ({fqn or 'the model itself'} is a "
+                f"{type(module).__name__}); call its merge_and_unload(), or load the base model"
+            )
+
+
+def adapt_in_place(model: nn.Module, planned: Sequence[Planned]) -> None:
+    """Freeze a model and adapt some of its modules, in place; on an error nothing has changed.
+
+    Args:
+        model: The base model, not wrapped.
+        planned: The modules to adapt; that they can be was checked before.
+    """
+    read = read_weights(model).keys() | {output_head(model)}
+    wanted_grad = [p for p in model.parameters() if p.requires_grad]
+    layers: dict[str, LoRAMixin] = {}
+    try:
+        model.requires_grad_(False)
+        for fqn, module, options, start in planned:
+            layers[fqn] = patch_in_place(module, options, start, is_read=module in read)
+    except BaseException:
+        _undo(layers.values(), wanted_grad)
+        raise
+    let_inputs_require_grad(model)
+    keep_encoders_off_fast_path(model)
+    prepare_pretrained(model)
+    watch_first_forward(model, layers)
+
+
+def _undo(layers: Iterable[LoRAMixin], wanted_grad: Iterable[nn.Parameter]) -> None:
+    for layer in layers:
+        take_branch_off(layer)
+    for parameter in wanted_grad:
+        parameter.requires_grad_(True)

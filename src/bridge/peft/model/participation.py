@@ -1,0 +1,155 @@
+"""Watch a model's first forward: a branch that takes no part, or is gone, is told by name.
+
+A model may hand a linear's weight to a function and never call the linear; another library may
+replace an adapted linear, or cast its A and B. None of that fails by itself.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from bridge.peft.branch.mixin import LoRAMixin
+from bridge.peft.dtypes import dtype_name
+from bridge.peft.errors import AdapterError
+from bridge.peft.model.walk import adapted_modules, some_names
+
+_RECORD = "adapted_fqns"
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+def watch_first_forward(model: nn.Module, layers: Mapping[str, LoRAMixin]) -> None:
+    """Remember what was adapted, and look at the model's first forward; then every hook is gone.
+
+    Args:
+        model: The adapted model, not wrapped.
+        layers: Its adapted layers by fully qualified name.
+    """
+    setattr(model, _RECORD, tuple(layers))
+    _Watch(model, layers)
+
+
+def check_still_adapted(model: nn.Module) -> None:
+    """Raise if a layer that was adapted has been replaced since.
+
+    Args:
+        model: A model, or one that holds an adapted one.
+
+    Raises:
+        AdapterError: Another library put a module of its own in a layer's place.
+    """
+    for root in model.modules():
+        recorded = vars(root).get(_RECORD, ())
+        present = dict(adapted_modules(root)) if recorded else {}
+        for fqn in recorded:
+            if fqn not in present and (now := _module(root, fqn)) is not None:
+                raise AdapterError(
+                    f"{fqn} was adapted and is a {type(now).__name__} now: another library has "
+                    "replaced it and lost its adapter; convert the model first, then adapt it"
+                )
+
+
+class _Watch:
+    """The hooks of one model's first forward; an object, so that copies of the model have theirs.
+
+    A layer is bypassed if the module that holds it ran and the layer did not. One that is
+    idle with its holder (an expert that no token chose, a tower without input) is not.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, LoRAMixin]) -> None:
+        self._layers = dict(layers)
+        self._waiting = {layer: fqn for fqn, layer in layers.items()}
+        self._dtypes = {layer: layer.branch_dtype for layer in layers.values()}
+        self._ran: set[nn.Module] = set()
+        self._holders = {layer: _holder(model, fqn) for fqn, layer in layers.items()}
+        self._handles = [
+            holder.register_forward_pre_hook(self._saw)
+            for holder in dict.fromkeys(self._holders.values())
+        ]
+        self._handles.append(model.register_forward_pre_hook(self._begin))
+        self._handles.append(model.register_forward_hook(self._end))
+        for layer in layers.values():
+            layer.on_call = self._called
+
+    def _begin(self, model: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            check_still_adapted(model)
+
+    def _saw(self, holder: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._ran.add(holder)
+
+    def _called(self, layer: LoRAMixin) -> None:
+        self._waiting.pop(layer, None)
+        layer.on_call, layer.bypassed = None, False
+
+    def _end(self, model: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        bypassed = [layer for layer in self._waiting if self._is_bypassed(layer)]
+        for layer in bypassed:
+            layer.bypassed = True
+        if bypassed:
+            self._warn_bypassed(bypassed)
+        self._warn_cast()
+
+    def _is_bypassed(self, layer: LoRAMixin) -> bool:
+        holder = self._holders[layer]
+        siblings = _siblings(holder, layer)
+        idle_expert = any(isinstance(s, LoRAMixin) and s not in self._waiting for s in siblings)
+        return holder in self._ran and not idle_expert
+
+    def _warn_bypassed(self, bypassed: list[LoRAMixin]) -> None:
+        names = [self._waiting[layer] for layer in bypassed]
+        warnings.warn(
+            f"{len(names)} of {len(self._layers)} adapted linears were not called in the model's "
+            f"first forward, though the module around them was: {some_names(names)}. Unused, or "
+            "their weight is read past the adapter: they have no effect and get no gradient; "
+            "leave them out with exclude_modules",
+            stacklevel=2,
+        )
+
+    def _warn_cast(self) -> None:
+        cast = {f: m for f, m in self._layers.items() if m.branch_dtype != self._dtypes[m]}
+        if not cast:
+            return
+        layer = next(iter(cast.values()))
+        if self._dtypes[layer].itemsize > layer.branch_dtype.itemsize:
+            warnings.warn(
+                f"A and B of {len(cast)} layers were made in {dtype_name(self._dtypes[layer])} and "
+                f"cast to {dtype_name(layer.branch_dtype)} since, in which small steps are lost; "
+                "cast the model before adapting it, or A and B back",
+                stacklevel=2,
+            )
+
+
+def _module(root: nn.Module, fqn: str) -> nn.Module | None:
+    try:
+        return root.get_submodule(fqn)
+    except AttributeError:
+        return None
+
+
+def _holder(model: nn.Module, fqn: str) -> nn.Module:
+    """The nearest module around a layer that has a forward of its own; the model at last."""
+    parts = fqn.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        around = _module(model, ".".join(parts[:end]))
+        if around is not None and not isinstance(around, _CONTAINERS):
+            return around
+    return model
+
+
+def _siblings(holder: nn.Module, layer: nn.Module) -> list[nn.Module]:
+    """The other items of the list that holds a layer, if one does."""
+    for module in holder.modules():
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) and layer in module.children():
+            return [child for child in module.children() if child is not layer]
+    return []

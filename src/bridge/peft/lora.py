@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -23,11 +24,19 @@ from bridge.peft.dtypes import sound_dtype
 from bridge.peft.errors import AdapterError, TargetError
 from bridge.peft.model.adapt import Planned, adapt_in_place, check_can_be_adapted
 from bridge.peft.model.participation import check_still_adapted
-from bridge.peft.model.walk import adapted_modules, unwrap
+from bridge.peft.model.pretrained import random_modules
+from bridge.peft.model.walk import adapted_modules, some_names, unwrap
 from bridge.peft.model.weight_reads import read_weights
 from bridge.peft.ops.dispatch import choose_path
-from bridge.peft.plan import Plan, PlanRow
-from bridge.peft.targets import ALL_LINEAR, Candidate, did_you_mean, match_targets
+from bridge.peft.plan import Plan, PlanRow, TrainedRow
+from bridge.peft.targets import (
+    ALL_LINEAR,
+    Candidate,
+    Skipped,
+    did_you_mean,
+    match_modules,
+    match_targets,
+)
 from bridge.peft.tensors import full_tensor, is_plain
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -51,6 +60,8 @@ class LoRA:
         rank_pattern: Ranks for some modules, by entry; the first that matches counts.
         alpha_pattern: Alphas for some modules, likewise.
         use_rslora: `scale = alpha / sqrt(dim)`.
+        modules_to_train: Entries of modules to train in full beside the branches, and to save
+            with them: a new head, resized embeddings (PEFT's `modules_to_save`).
         seed: A depends on (seed, FQN) alone; None draws the seed from torch's default generator.
 
     Raises:
@@ -68,11 +79,13 @@ class LoRA:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
+    modules_to_train: Sequence[str] = ()
     seed: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target_modules", _entries(self, "target_modules"))
         object.__setattr__(self, "exclude_modules", _entries(self, "exclude_modules"))
+        object.__setattr__(self, "modules_to_train", _entries(self, "modules_to_train"))
         if not self.target_modules:
             raise AdapterError(f"target_modules is empty; pass names or {ALL_LINEAR!r}")
         for name in ("rank_pattern", "alpha_pattern"):
@@ -124,12 +137,15 @@ class LoRA:
             AlreadyAdaptedError: The model carries adapters already.
         """
         check_can_be_adapted(model)
-        chosen, skipped = self._match(unwrap(model))
-        read = read_weights(unwrap(model))
+        root = unwrap(model)
+        chosen, skipped, trained = self._match(root)
+        read = read_weights(root)
         return Plan(
             rows=tuple(self._row(candidate, read) for candidate in chosen),
+            trained_in_full=tuple(_trained_row(candidate) for candidate in trained),
             not_adapted=tuple(skipped),
-            base_parameters=_count_parameters(unwrap(model)),
+            base_parameters=_count_parameters(root),
+            notes=tuple(_notes(root, trained)),
         )
 
     def __call__(self, model: Model) -> Model:
@@ -147,7 +163,9 @@ class LoRA:
         """
         check_can_be_adapted(model)
         root = unwrap(model)
-        chosen, _ = self._match(root)
+        chosen, _, trained = self._match(root)
+        for note in _notes(root, trained):
+            warnings.warn(note, stacklevel=2)
         seed = int(torch.randint(2**62, (), device="cpu")) if self.seed is None else self.seed
         adapt_in_place(
             root,
@@ -155,11 +173,20 @@ class LoRA:
                 Planned(c.fqn, c.module, self.options_for(c), derive_seed(seed, c.fqn))
                 for c in chosen
             ],
+            [candidate.module for candidate in trained],
         )
         return model
 
-    def _match(self, model: nn.Module) -> tuple[list[Candidate], list[Any]]:
-        chosen, skipped = match_targets(model, self.target_modules, self.exclude_modules)
+    def _match(self, model: nn.Module) -> tuple[list[Candidate], list[Skipped], list[Candidate]]:
+        """What to adapt, what is left alone and why, and what to train in full."""
+        trained = match_modules(model, self.modules_to_train, "modules_to_train")
+        alone: dict[nn.Module, str] = {}
+        if self.target_modules == ALL_LINEAR:
+            for module in random_modules(model).values():
+                alone |= dict.fromkeys(module.modules(), "its weight is from no checkpoint")
+        for candidate in trained:
+            alone |= dict.fromkeys(candidate.module.modules(), "trained in full")
+        chosen, skipped = match_targets(model, self.target_modules, self.exclude_modules, alone)
         for name, pattern in (("rank", self.rank_pattern), ("alpha", self.alpha_pattern)):
             for entry in pattern:
                 if not any(candidate.matches(entry) for candidate in chosen):
@@ -167,7 +194,7 @@ class LoRA:
                         f"{name}_pattern entry {entry!r} matches none of the {len(chosen)} linears "
                         f"to adapt{did_you_mean(entry, chosen)}"
                     )
-        return chosen, skipped
+        return chosen, skipped, trained
 
     def _row(self, candidate: Candidate, read: Mapping[nn.Module, str]) -> PlanRow:
         options = self.options_for(candidate)
@@ -232,6 +259,33 @@ def _check_entry(where: str, entry: Any) -> None:
             re.compile(entry[3:])
         except re.error as error:
             raise AdapterError(f"{where} entry {entry!r} is not a valid regex: {error}") from error
+
+
+def _notes(model: nn.Module, trained: Sequence[Candidate]) -> Iterator[str]:
+    """What the user should know before training: what is random and frozen, what loses steps."""
+    covered = {id(m) for candidate in trained for m in candidate.module.modules()}
+    random = [f for f, m in random_modules(model).items() if id(m) not in covered]
+    if random:
+        yield (
+            f"{some_names(random)}: from no checkpoint (random, or resized since loading), and "
+            f"frozen; to train them in full pass modules_to_train={random[:5]}"
+        )
+    half = [c.fqn for c in trained if any(p.dtype.itemsize == 2 for p in c.module.parameters())]
+    if half:
+        yield (
+            f"{some_names(half)}: trained in full in 16 bits, in which small steps are lost; load "
+            "the model in float32 and train under autocast"
+        )
+
+
+def _trained_row(candidate: Candidate) -> TrainedRow:
+    parameters = list(candidate.module.parameters())
+    return TrainedRow(
+        fqn=candidate.fqn,
+        base_type=type(candidate.module).__name__,
+        parameters=sum(p.numel() for p in parameters),
+        bytes=sum(p.numel() * p.element_size() for p in parameters),
+    )
 
 
 def _first_match(pattern: Mapping[str, Any], candidate: Candidate, default: Any) -> Any:

@@ -56,6 +56,23 @@ class PlanRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainedRow:
+    """One module to train in full.
+
+    Attributes:
+        fqn: Fully qualified name.
+        base_type: Its class.
+        parameters: How many it has, those of its children included.
+        bytes: Their size.
+    """
+
+    fqn: str
+    base_type: str
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What would be adapted, what not, and the totals; `print(plan)` is a table.
 
@@ -63,31 +80,43 @@ class Plan:
         rows: One per module to adapt, in the model's order.
         not_adapted: Linears, and what looks like one, that stay as they are, with the reason.
         base_parameters: Parameters of the model before.
+        trained_in_full: Modules trained beside the branches.
+        notes: What the user should know before training.
     """
 
     rows: tuple[PlanRow, ...]
     not_adapted: tuple[Skipped, ...]
     base_parameters: int
+    trained_in_full: tuple[TrainedRow, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def trainable(self) -> int:
-        """Trainable parameters."""
+        """Trainable parameters: A and B, and the modules trained in full."""
+        return self._adapter_parameters + sum(row.parameters for row in self.trained_in_full)
+
+    @property
+    def _adapter_parameters(self) -> int:
         return sum(row.trainable for row in self.rows)
 
     @property
     def share(self) -> float:
         """Trainable parameters over all parameters, the adapters included."""
-        return self.trainable / (self.base_parameters + self.trainable)
+        return self.trainable / (self.base_parameters + self._adapter_parameters)
 
     @property
     def adapter_file_bytes(self) -> int:
         """Size of the tensors in `adapter_model.safetensors`, in bytes; its header comes on top."""
-        return sum(row.trainable * row.dtype.itemsize for row in self.rows)
+        return sum(row.trainable * row.dtype.itemsize for row in self.rows) + self._full_bytes
+
+    @property
+    def _full_bytes(self) -> int:
+        return sum(row.bytes for row in self.trained_in_full)
 
     @property
     def optimizer_bytes(self) -> int:
         """AdamW's two moments, in bytes, in the dtype of A and B."""
-        return sum(2 * row.trainable * row.dtype.itemsize for row in self.rows)
+        return 2 * self.adapter_file_bytes
 
     @property
     def flops_per_token(self) -> int:
@@ -114,7 +143,13 @@ class Plan:
             "flops_per_token": self.flops_per_token,
         }
         skipped = [dataclasses.asdict(item) for item in self.not_adapted]
-        return {"rows": rows, "not_adapted": skipped, "totals": totals}
+        return {
+            "rows": rows,
+            "trained_in_full": [dataclasses.asdict(row) for row in self.trained_in_full],
+            "not_adapted": skipped,
+            "notes": list(self.notes),
+            "totals": totals,
+        }
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
@@ -133,6 +168,10 @@ class Plan:
             f"adapter file {_size(self.adapter_file_bytes)}, AdamW state "
             f"{_size(self.optimizer_bytes)}, +{self.flops_per_token:,} FLOPs per token (forward)"
         )
+        for row in self.trained_in_full:
+            yield f"trained in full: {row.fqn} ({row.base_type}, {row.parameters:,} parameters)"
+        for note in self.notes:
+            yield f"note: {note}"
         if self.not_adapted:
             yield ""
             yield "not adapted:"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -103,8 +103,28 @@ def output_heads(model: nn.Module) -> set[int]:
     return heads
 
 
+def match_modules(model: nn.Module, entries: Sequence[str], field: str) -> list[Candidate]:
+    """The modules that entries mean, whatever they are, without those inside another of them.
+
+    Args:
+        model: The model; it is not touched.
+        entries: As `matches` takes them.
+        field: Where they stand, for messages.
+
+    Raises:
+        TargetError: An entry matches nothing.
+    """
+    everything = candidates(model)
+    hits = {id(c.module): c for entry in entries for c in _matching(entry, everything, field)}
+    inside = {id(m) for c in hits.values() for m in c.module.modules() if m is not c.module}
+    return [c for c in everything if id(c.module) in hits.keys() - inside]
+
+
 def match_targets(
-    model: nn.Module, targets: str | Sequence[str], exclude: Sequence[str] = ()
+    model: nn.Module,
+    targets: str | Sequence[str],
+    exclude: Sequence[str] = (),
+    left_alone: Mapping[nn.Module, str] | None = None,
 ) -> tuple[list[Candidate], list[Skipped]]:
     """Find what a recipe adapts.
 
@@ -113,6 +133,7 @@ def match_targets(
         targets: Entries as `matches` takes them, or `"all-linear"`: every linear but the output
             head.
         exclude: Entries of modules to leave alone.
+        left_alone: Modules to leave alone whatever matches them, with the reason.
 
     Returns:
         The modules to adapt, in the model's order, and those that are (or look like) linears and
@@ -122,7 +143,10 @@ def match_targets(
         TargetError: An entry matches nothing, or nothing that can be adapted.
     """
     everything = candidates(model)
-    reasons = {id(c.module): unsupported_reason(c.module) for c in everything}
+    alone = left_alone or {}
+    reasons = {
+        id(c.module): alone.get(c.module) or unsupported_reason(c.module) for c in everything
+    }
     linears = [c for c in everything if reasons[id(c.module)] is None]
     if not linears:
         raise TargetError(f"{type(model).__name__} has no linear that can be adapted")

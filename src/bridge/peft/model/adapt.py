@@ -65,12 +65,15 @@ def check_can_be_adapted(model: nn.Module) -> None:
             )
 
 
-def adapt_in_place(model: nn.Module, planned: Sequence[Planned]) -> None:
+def adapt_in_place(
+    model: nn.Module, planned: Sequence[Planned], trained: Iterable[nn.Module] = ()
+) -> None:
     """Freeze a model and adapt some of its modules, in place; on an error nothing has changed.
 
     Args:
         model: The base model, not wrapped.
         planned: The modules to adapt; that they can be was checked before.
+        trained: Modules that are trained in full beside the branches.
     """
     read = read_weights(model).keys() | {output_head(model)}
     wanted_grad = [p for p in model.parameters() if p.requires_grad]
@@ -82,6 +85,8 @@ def adapt_in_place(model: nn.Module, planned: Sequence[Planned]) -> None:
     except BaseException:
         _undo(layers.values(), wanted_grad)
         raise
+    for module in trained:
+        module.requires_grad_(True)
     let_inputs_require_grad(model)
     keep_encoders_off_fast_path(model)
     prepare_pretrained(model)

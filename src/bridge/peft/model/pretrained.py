@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from bridge.peft.branch.matrix import LoRAMatrix
 from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.errors import AdapterError
-from bridge.peft.model.walk import input_embedding, output_head
+from bridge.peft.model.walk import clean_fqn, input_embedding, output_head
+from bridge.peft.tensors import is_plain
 
 
 def prepare_pretrained(model: nn.Module) -> None:
@@ -25,6 +27,43 @@ def prepare_pretrained(model: nn.Module) -> None:
     if adapted and hasattr(model, "resize_token_embeddings"):
         refuse = functools.partial(_refuse_to_resize, adapted[0])
         vars(model)["resize_token_embeddings"] = refuse
+
+
+def random_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a loaded model whose parameters are from no checkpoint: random, or resized.
+
+    transformers marks each parameter that it loads. A model without any mark (made from a
+    configuration, or copied) tells nothing, and has none.
+
+    Args:
+        model: A model, not wrapped.
+
+    Returns:
+        By fully qualified name, each as high in the model as all its parameters are random: a
+        head of two linears is one module.
+    """
+    own = {fqn: _own_parameters(module) for fqn, module in model.named_modules()}
+    if not any(_is_loaded(p) for parameters in own.values() for p in parameters):
+        return {}
+    found: dict[str, nn.Module] = {}
+    for fqn, module in model.named_modules():
+        inside = any(fqn.startswith(f"{name}.") for name in found)
+        parameters = [p for m in module.modules() for p in _own_parameters(m)]
+        if fqn and not inside and parameters and not any(_is_loaded(p) for p in parameters):
+            found[fqn] = module
+    return {clean_fqn(fqn): module for fqn, module in found.items()}
+
+
+def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    if isinstance(module, LoRAMatrix):
+        return []
+    return [p for p in module._parameters.values() if p is not None]
+
+
+def _is_loaded(parameter: nn.Parameter) -> bool:
+    # what a quantiser made is no subject of initialisation, and carries its mark elsewhere
+    packed = not is_plain(parameter) or not parameter.is_floating_point()
+    return packed or getattr(parameter, "_is_hf_initialized", False)
 
 
 def _let_quantised_train(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.branch.options import BranchOptions
 from bridge.peft.branch.registry import check_adaptable, features, unsupported_reason
+from bridge.peft.dtypes import sound_dtype
 from bridge.peft.errors import AdapterError, AdapterFileError, AlreadyAdaptedError
 from bridge.peft.formats.peft.adapter_file import AdapterFile
 from bridge.peft.formats.peft.saved_whole import check_whole
@@ -106,7 +107,7 @@ def _options(adapter: AdapterFile, fqn: str) -> BranchOptions:
     return BranchOptions(
         dim=adapter.rank(fqn),
         alpha=adapter.alpha(fqn),
-        lora_dtype=torch.promote_types(a.dtype, b.dtype),
+        lora_dtype=sound_dtype(torch.promote_types(a.dtype, b.dtype)),
         use_rslora=adapter.parsed.use_rslora,
         **settings,
     )

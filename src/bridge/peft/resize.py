@@ -18,9 +18,10 @@ from bridge.peft.branch.initializers import derive_seed, initialize
 from bridge.peft.branch.options import check_dim
 from bridge.peft.errors import AdapterError
 from bridge.peft.formats.peft import AdapterFile
-from bridge.peft.formats.peft.config import MAX_RANK, scale_of
+from bridge.peft.formats.peft.config import scale_of
+from bridge.peft.formats.peft.fields import MAX_RANK
+from bridge.peft.formats.peft.names import most_common_and_exceptions
 from bridge.peft.formats.peft.side_file import branch_settings
-from bridge.peft.formats.peft.targets import most_common_and_exceptions
 from bridge.peft.low_rank import truncated
 from bridge.peft.text_table import table
 

@@ -12,9 +12,8 @@ from torch import Tensor
 from bridge.peft.errors import AdapterFileError
 from bridge.peft.formats.convert.layout import AttentionLayout
 from bridge.peft.formats.peft.adapter_file import AdapterFile, check_adapter
-from bridge.peft.formats.peft.config import alpha_for
-from bridge.peft.formats.peft.new_config import new_config
-from bridge.peft.formats.peft.targets import choose_targets
+from bridge.peft.formats.peft.config import alpha_for, new_config
+from bridge.peft.formats.peft.names import choose_targets
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,6 @@ from bridge.peft.formats.files.untrusted import (
 )
 from bridge.peft.formats.peft.config import PeftConfig, parse_config, scale_of
 from bridge.peft.formats.peft.side_file import check_side_file
-from bridge.peft.formats.peft.targets import is_target
 
 KEY_PREFIX = "base_model.model."
 _SUFFIXES = (".lora_A.weight", ".lora_B.weight")
@@ -134,7 +133,8 @@ def check_adapter(adapter: AdapterFile) -> None:
         if not fqn.isprintable() or len(fqn) > MAX_NAME_LENGTH:
             raise AdapterFileError(f"{fqn[:80]!r} is no name of a module; save the adapter again")
         _check_shapes(adapter.parsed, fqn, a, b)
-        if adapter.parsed.targets is not None and not is_target(adapter.parsed, fqn):
+        parsed = adapter.parsed
+        if parsed.target_modules is not None and not parsed.is_target(fqn):
             raise AdapterFileError(
                 f"the file has tensors for {fqn}, which target_modules does not match; mend "
                 "target_modules or save the adapter again"

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from bridge.peft.branch.mixin import LoRAMixin, TransposedAdapter
 from bridge.peft.errors import AdapterError
 from bridge.peft.formats.peft.adapter_file import AdapterFile
-from bridge.peft.formats.peft.config import alpha_for
+from bridge.peft.formats.peft.config import alpha_for, new_config
 from bridge.peft.formats.peft.fingerprint import fingerprint
-from bridge.peft.formats.peft.new_config import new_config
+from bridge.peft.formats.peft.names import choose_targets
 from bridge.peft.formats.peft.saved_whole import whole_of
-from bridge.peft.formats.peft.targets import choose_targets
 from bridge.peft.model.walk import adapted_modules, base_modules, unwrap
 from bridge.peft.version import __version__
 

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from bridge.peft.branch.adaptable import check_adaptable, unsupported_reason
 from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.branch.options import BranchOptions
-from bridge.peft.branch.orientation import features
+from bridge.peft.branch.orientation import features, is_transposed
 from bridge.peft.errors import AdapterError, AdapterFileError, AlreadyAdaptedError
 from bridge.peft.formats.peft.adapter_file import AdapterFile
+from bridge.peft.formats.peft.config import PeftConfig
 from bridge.peft.formats.peft.saved_whole import check_whole
 from bridge.peft.formats.peft.side_file import branch_settings
-from bridge.peft.formats.peft.targets import targets
 from bridge.peft.model.trained_parameters import trained_whole
 from bridge.peft.model.walk import adapted_modules, base_modules
+from bridge.peft.targets import output_heads
 
 #: A module to load into, with its name and the options of its branch.
 Planned = tuple[str, nn.Module, BranchOptions]
@@ -80,7 +81,7 @@ def _check_same_adapter(
 
 
 def _check_targets(adapter: AdapterFile, names: Mapping[str, nn.Module], root: nn.Module) -> None:
-    matched = targets(adapter.parsed, names, root)
+    matched = _targets(adapter.parsed, names, root)
     if unknown := [fqn for fqn in adapter.tensors if fqn not in names]:
         raise AdapterFileError(
             f"the file adapts {unknown[0]}, which {type(root).__name__} does not have "
@@ -97,6 +98,20 @@ def _check_targets(adapter: AdapterFile, names: Mapping[str, nn.Module], root: n
             f"the file has tensors for {unmatched[0]}, which target_modules does not match "
             f"({len(unmatched)} such modules); mend target_modules or save the adapter again"
         )
+
+
+def _targets(config: PeftConfig, names: Mapping[str, nn.Module], model: nn.Module) -> set[str]:
+    """The names of the modules that PEFT would adapt."""
+    if config.target_modules is not None:
+        return {fqn for fqn in names if fqn and config.is_target(fqn)}
+    heads = output_heads(model)
+    return {
+        fqn
+        for fqn, module in names.items()
+        if (isinstance(module, nn.Linear) or is_transposed(type(module)))
+        and id(module) not in heads
+        and not config.is_excluded(fqn)
+    }
 
 
 def _options(adapter: AdapterFile, fqn: str) -> BranchOptions:

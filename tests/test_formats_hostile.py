@@ -189,7 +189,7 @@ def test_a_pickle_is_refused_unread(directory):
 
 
 def test_missing_files_are_named(directory, tmp_path):
-    refused(tmp_path / "nowhere", "no adapter directory")
+    refused(tmp_path / "nowhere", "not an adapter directory")
     (directory / TENSORS).unlink()
     refused(directory, f"holds no {TENSORS}")
     (directory / CONFIG).unlink()
@@ -359,7 +359,7 @@ def test_tensors_saved_whole_must_fit(directory):
     loaded = load_adapter(tiny_model(), directory)
     assert torch.equal(loaded["second"].weight, torch.ones(2, 3))
     set_tensors(directory, base_model__model__second__scale=torch.ones(2))
-    refused(directory, "second.scale, which is no parameter")
+    refused(directory, "second.scale, which is not a parameter")
 
 
 def test_a_merged_or_foreign_adapter_is_not_loaded_into(directory):

@@ -19,10 +19,10 @@ from bridge.peft.branch.options import check_dim
 from bridge.peft.errors import AdapterError
 from bridge.peft.formats.peft import AdapterFile
 from bridge.peft.formats.peft.config import scale_of
+from bridge.peft.formats.peft.extra import branch_settings
 from bridge.peft.formats.peft.fields import MAX_RANK
 from bridge.peft.formats.peft.names import most_common_and_exceptions
-from bridge.peft.formats.peft.side_file import branch_settings
-from bridge.peft.low_rank import truncated
+from bridge.peft.low_rank import kept_energy, truncated
 from bridge.peft.text_table import table
 
 
@@ -94,7 +94,7 @@ def resize(adapter: AdapterFile, dim: int, *, seed: int = 0) -> tuple[AdapterFil
         The new adapter and a report with a row per module.
 
     Raises:
-        AdapterError: `dim` is no integer of at least 1, or more than a file may ask for.
+        AdapterError: `dim` is not an integer of at least 1, or more than a file may ask for.
 
     Example:
         >>> smaller, report = resize(read_adapter("adapter"), 8)
@@ -122,23 +122,6 @@ def resize(adapter: AdapterFile, dim: int, *, seed: int = 0) -> tuple[AdapterFil
     }
     resized = dataclasses.replace(adapter, config=config, tensors=tensors)
     return resized, ResizeReport(tuple(rows))
-
-
-def kept_energy(a: Tensor, b: Tensor, dim: int) -> float:
-    """Share of the squared singular values of `B A` in the `dim` largest; 1 for a zero update.
-
-    Args:
-        a: A, (r, in_features).
-        b: B, (out_features, r).
-        dim: How many singular values.
-    """
-    if dim >= a.shape[0]:
-        return 1.0
-    r = torch.linalg.qr(b.double(), mode="r").R
-    s = torch.linalg.qr(a.double().T, mode="r").R
-    squares = torch.linalg.svdvals(r @ s.T).square()
-    total = float(squares.sum())
-    return float(squares[:dim].sum()) / total if total else 1.0
 
 
 def _resized(a: Tensor, b: Tensor, dim: int, method: str, seed: int) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,8 @@ from bridge.peft.branch.orientation import features, is_transposed
 from bridge.peft.errors import AdapterError, AdapterFileError, AlreadyAdaptedError
 from bridge.peft.formats.peft.adapter_file import AdapterFile
 from bridge.peft.formats.peft.config import PeftConfig
+from bridge.peft.formats.peft.extra import branch_settings
 from bridge.peft.formats.peft.saved_whole import check_whole
-from bridge.peft.formats.peft.side_file import branch_settings
 from bridge.peft.model.trained_parameters import trained_whole
 from bridge.peft.model.walk import adapted_modules, base_modules
 from bridge.peft.targets import output_heads
@@ -57,26 +57,26 @@ def plan_load(adapter: AdapterFile, model: nn.Module) -> tuple[list[Planned], bo
 def _check_same_adapter(
     adapter: AdapterFile, present: Mapping[str, nn.Module], model: nn.Module
 ) -> None:
-    mend = "load into the base model, or into one adapted alike"
+    fix = "load into the base model, or into one adapted alike"
     if differing := sorted(present.keys() ^ adapter.tensors.keys()):
         raise AlreadyAdaptedError(
             f"the model carries an adapter of {len(present)} modules, the file one of "
-            f"{len(adapter.tensors)} (first difference: {differing[0]}); {mend}"
+            f"{len(adapter.tensors)} (first difference: {differing[0]}); {fix}"
         )
     if extra := sorted(trained_whole(model).keys() - adapter.whole.keys()):
         raise AlreadyAdaptedError(
-            f"{extra[0]} is trained beside the model's adapter and not in the file; {mend}"
+            f"{extra[0]} is trained beside the model's adapter and not in the file; {fix}"
         )
     for fqn, module in present.items():
         if not isinstance(module, LoRAMixin):
-            raise AlreadyAdaptedError(f"{fqn} wraps its base in {type(module).__name__}; {mend}")
+            raise AlreadyAdaptedError(f"{fqn} wraps its base in {type(module).__name__}; {fix}")
         if module.merged:
             raise AlreadyAdaptedError(f"{fqn} is merged; unmerge(model) before loading")
         have, wanted = (module.dim, module.scale), (adapter.rank(fqn), adapter.scale(fqn))
         if have != wanted:
             raise AlreadyAdaptedError(
                 f"{fqn} has rank {have[0]} and scale {have[1]:g}, in the file rank {wanted[0]} and "
-                f"scale {wanted[1]:g}; {mend}"
+                f"scale {wanted[1]:g}; {fix}"
             )
 
 
@@ -91,12 +91,12 @@ def _check_targets(adapter: AdapterFile, names: Mapping[str, nn.Module], root: n
     if without := sorted(matched - adapter.tensors.keys()):
         raise AdapterFileError(
             f"target_modules matches {without[0]}, for which the file has no tensors "
-            f"({len(without)} such modules); mend target_modules or save the adapter again"
+            f"({len(without)} such modules); fix target_modules or save the adapter again"
         )
     if unmatched := sorted(adapter.tensors.keys() - matched):
         raise AdapterFileError(
             f"the file has tensors for {unmatched[0]}, which target_modules does not match "
-            f"({len(unmatched)} such modules); mend target_modules or save the adapter again"
+            f"({len(unmatched)} such modules); fix target_modules or save the adapter again"
         )
 
 

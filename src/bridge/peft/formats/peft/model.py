@@ -13,10 +13,11 @@ from bridge.peft.errors import AdapterFileError
 from bridge.peft.formats.peft.adapter_file import AdapterFile, read_adapter, write_adapter
 from bridge.peft.formats.peft.describe import adapter_of
 from bridge.peft.formats.peft.fingerprint import differences
-from bridge.peft.formats.peft.fit import plan_load
+from bridge.peft.formats.peft.fit import Planned, plan_load
 from bridge.peft.lora import Model, patch_in_place
 from bridge.peft.model.trained_parameters import replace_parameters
 from bridge.peft.model.walk import adapted_modules, unwrap
+from bridge.peft.tensors import is_sharded
 
 
 def save_adapter(model: nn.Module, directory: str | Path) -> Path:
@@ -38,12 +39,8 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
         AdapterError: The model has no adapters, or the directory cannot be written to.
     """
     adapter = adapter_of(model)
-    is_sharded = any(
-        hasattr(parameter, "device_mesh")
-        for _, module in adapted_modules(model)
-        for parameter in module.adapter_parameters().values()
-    )
-    if not is_sharded:
+    parameters = (p for _, m in adapted_modules(model) for p in m.adapter_parameters().values())
+    if not any(map(is_sharded, parameters)):
         return write_adapter(adapter, directory)
     if torch.distributed.get_rank() == 0:
         write_adapter(adapter, directory)
@@ -74,16 +71,25 @@ def load_adapter(model: Model, directory: str | Path, *, strict: bool = False) -
     planned, present = plan_load(adapter, root)
     _check_base(adapter, {fqn: module for fqn, module, _ in planned}, strict)
     if not present:
-        patch_in_place(root, [(module, options, 0) for _, module, options in planned])
-    with torch.no_grad():
-        for fqn, module, _ in planned:
-            assert isinstance(module, LoRAMixin)
-            a, b = adapter.tensors[fqn]
-            module.lora_a.weight.copy_(a)
-            module.lora_b.weight.copy_(b)
+        _attach(planned, root)
+    _copy_values(adapter, planned)
     old = adapter.base_weights
     replace_parameters(root, {name: t for name, t in adapter.whole.items() if name not in old})
     return model
+
+
+def _attach(planned: list[Planned], root: nn.Module) -> None:
+    """Adapt the modules in place; the values of A and B come after."""
+    patch_in_place(root, [(module, options, 0) for _, module, options in planned])
+
+
+@torch.no_grad()
+def _copy_values(adapter: AdapterFile, planned: list[Planned]) -> None:
+    for fqn, module, _ in planned:
+        assert isinstance(module, LoRAMixin)
+        a, b = adapter.tensors[fqn]
+        module.lora_a.weight.copy_(a)
+        module.lora_b.weight.copy_(b)
 
 
 def _check_base(adapter: AdapterFile, modules: dict[str, nn.Module], strict: bool) -> None:

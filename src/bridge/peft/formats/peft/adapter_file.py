@@ -100,16 +100,25 @@ def read_adapter(directory: str | Path) -> AdapterFile:
             raise AdapterFileError(
                 f"{directory} is not an adapter directory; pass one that holds {CONFIG_NAME}"
             )
-        if (directory / COMMITTED).is_dir():
-            warnings.warn(
-                f"a save into {directory} was interrupted; its files in {COMMITTED} are read, and "
-                "the next save puts them in their places",
-                stacklevel=2,
-            )
+        warn_if_interrupted(directory)
         config = read_json(checked_path(directory, CONFIG_NAME))
         extra = read_extra(directory)
         tensors = read_tensors(checked_path(directory, TENSORS_NAME))
     return adapter_from(config, extra, tensors)
+
+
+def warn_if_interrupted(directory: Path) -> None:
+    """Say where the files are read from after a crash between a commit and the moves.
+
+    Args:
+        directory: An adapter directory.
+    """
+    if (directory / COMMITTED).is_dir():
+        warnings.warn(
+            f"a save into {directory} was interrupted; its files in {COMMITTED} are read, and "
+            "the next save puts them in their places",
+            stacklevel=3,
+        )
 
 
 def adapter_from(

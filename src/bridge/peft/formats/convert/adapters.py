@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from bridge.peft.formats.peft.adapter_file import (
     KEY_PREFIX,
     AdapterFile,
     adapter_from,
+    check_new,
     warn_if_interrupted,
     write_adapter,
 )
@@ -94,10 +94,7 @@ def convert_adapter(
         raise AdapterError(f"cannot write {target!r}; pass one of {', '.join(TARGETS)}")
     if rank is not None and (target != "megatron" or rank < 1):
         raise AdapterError(f"rank={rank}: only Megatron's fused modules are approximated, to >= 1")
-    with reading(output):
-        taken = os.path.lexists(output) and (not output.is_dir() or any(output.iterdir()))
-    if taken:
-        raise AdapterError(f"{output} is there and not empty; pass a new directory as the output")
+    check_new(output)
     with reading(path):
         source, adapter, steps, layout = _read(path, layout, alpha)
     if target == "peft":

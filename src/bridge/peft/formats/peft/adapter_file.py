@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -159,6 +160,20 @@ def check_adapter(adapter: AdapterFile) -> None:
             raise AdapterFileError(
                 f"the file has tensors for {fqn}, which target_modules does not match; fix "
                 "target_modules or save the adapter again"
+            )
+
+
+def check_new(directory: str | Path) -> None:
+    """Raise `AdapterFileError` unless a directory is not there yet, or empty.
+
+    Args:
+        directory: Where an adapter is to be written.
+    """
+    with reading(Path(directory)):
+        is_new = not os.path.lexists(directory)
+        if not is_new and (not os.path.isdir(directory) or os.listdir(directory)):
+            raise AdapterFileError(
+                f"{directory} is there and not empty; pass a new directory as the output"
             )
 
 

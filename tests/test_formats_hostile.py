@@ -154,6 +154,12 @@ def test_absurd_patterns_are_refused_quickly(directory):
     refused(directory, "takes too long")
 
 
+@pytest.mark.parametrize("field", ["layers_pattern", "modules_to_save"])
+def test_long_lists_of_what_each_name_is_compared_with_are_refused(directory, field):
+    set_config(directory, **{field: [f"x{i}" for i in range(1_001)]})
+    refused(directory, f"{field} must be at most 1000 names")
+
+
 def test_a_pickle_is_refused_unread(directory):
     (directory / TENSORS).unlink()
     (directory / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")

@@ -198,7 +198,7 @@ def _find_file(path: Path) -> Path:
             )
         return path
     if not path.is_dir():
-        raise AdapterFileError(f"there is no {path}; pass an adapter's directory or file")
+        raise AdapterFileError(f"{path} does not exist; pass an adapter's directory or file")
     names = sorted(p.name for p in path.iterdir())
     files = [name for name in names if name.endswith(".safetensors") and name.isprintable()]
     if TENSORS_NAME in files or (not files and not any(n.endswith(_PICKLES) for n in names)):

@@ -144,7 +144,9 @@ class Halves:
             AdapterFileError: It is there already, or is not a matrix.
         """
         if half in self._found.setdefault(name, {}):
-            raise AdapterFileError(f"{key[:80]!r} is there twice, under two names; remove one")
+            raise AdapterFileError(
+                f"{key[:80]!r} stands for a matrix that another key has given; remove one"
+            )
         if tensor.dim() != 2 or not tensor.numel():
             raise AdapterFileError(f"{key[:80]!r} is not a matrix; save the adapter again")
         self._found[name][half] = tensor

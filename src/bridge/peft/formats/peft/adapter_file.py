@@ -173,7 +173,7 @@ def check_new(directory: str | Path) -> None:
         is_new = not os.path.lexists(directory)
         if not is_new and (not os.path.isdir(directory) or os.listdir(directory)):
             raise AdapterFileError(
-                f"{directory} is there and not empty; pass a new directory as the output"
+                f"{directory} already exists and is not empty; pass a new directory as the output"
             )
 
 

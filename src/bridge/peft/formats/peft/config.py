@@ -71,7 +71,7 @@ class PeftConfig:
     alpha_pattern: Pattern[float]
     lora_dropout: float = 0.0
     use_rslora: bool = False
-    layers_to_transform: tuple[int, ...] = ()
+    layers_to_transform: frozenset[int] = frozenset()
     layers_pattern: tuple[str, ...] = ()
     modules_to_save: tuple[str, ...] = ()
     bias: str = "none"
@@ -137,6 +137,7 @@ def parse_config(config: Any) -> PeftConfig:
             "adapter_config.json: layers_to_transform needs target_modules as a list; write the "
             "layers into the regex instead"
         )
+    values["layers_to_transform"] = frozenset(values.get("layers_to_transform", ()))
     budget = Budget()
     # 8 is PEFT's own default for both
     values = {"r": 8, "lora_alpha": 8, "exclude_modules": ()} | values

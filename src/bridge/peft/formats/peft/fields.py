@@ -12,6 +12,8 @@ from bridge.peft.errors import AdapterFileError
 MAX_RANK = 65_536
 #: Most entries that a list or a pattern of the config may have.
 MAX_ENTRIES = 20_000
+#: Most of those that each name of a model is compared with, one by one.
+_MAX_PLAIN_NAMES = 1_000
 _MAX_LAYER = 100_000
 
 #: Fields that change nothing about the function of the adapter.
@@ -90,7 +92,10 @@ _RANK: _Check = (_is_rank, f"an integer from 1 to {MAX_RANK}")
 _ALPHA: _Check = (_is_alpha, "a finite number of at most 1e9")
 _FLAG: _Check = (_is_flag, "true or false")
 _NAMES: _Check = (_is_name, "a list of names")
-_PLAIN_NAMES: _Check = (_is_plain_name, "names of modules (letters, digits, dots)")
+_PLAIN_NAMES: _Check = (
+    _is_plain_name,
+    f"at most {_MAX_PLAIN_NAMES} names of modules (letters, digits, dots)",
+)
 _VALUES: dict[str, _Check] = {
     "r": _RANK,
     "lora_alpha": _ALPHA,
@@ -99,7 +104,7 @@ _VALUES: dict[str, _Check] = {
     "bias": (_is_bias, "'none', 'lora_only' or 'all'"),
     "fan_in_fan_out": _FLAG,
 }
-#: Each item of a list; a value that is no list stands for a list of it.
+#: Each item of a list; a value that is not a list stands for a list of it.
 _LISTS: dict[str, _Check] = {
     "target_modules": _NAMES,
     "exclude_modules": _NAMES,
@@ -138,7 +143,8 @@ def checked_fields(config: dict[str, Any]) -> dict[str, Any]:
         elif name in _LISTS:
             is_right, wanted = _LISTS[name]
             items = value if isinstance(value, list) else [value]
-            if len(items) > MAX_ENTRIES or not all(map(is_right, items)):
+            most = _MAX_PLAIN_NAMES if is_right is _is_plain_name else MAX_ENTRIES
+            if len(items) > most or not all(map(is_right, items)):
                 raise wrong(name, value, wanted)
             fields[name] = tuple(items)
         elif name in _PATTERNS:

@@ -28,12 +28,12 @@ _WIDE_CHOICE_LENGTH = 1_000
 _PLAIN = re.compile(r"\^?(?:[\w-]|\\[.-])+\$?")
 #: An escape, all characters but one, a repeat, or a brace that is not one.
 _TOKENS = re.compile(
-    r"\\N\{[^}]*\}|\\.|\[\^(?P<one>\\.|[^\\\n])\]"
+    r"\\N\{[^}]{0,100}\}|\\.|\[\^(?P<one>\\.|[^\\\n])\]"
     r"|\{(?:(?P<least>[0-9]+)(?:,[0-9]*)?|,[0-9]*)\}|(?P<brace>\{)",
     re.S,
 )
-#: Classes of one package only, and what the two packages do not answer alike in all cases.
-_AMBIGUOUS = re.compile(r"\[:.*:\]|\(\?#|\(\?\(", re.S)
+#: Begins a class in one package only, or what the two do not answer alike in all cases.
+_AMBIGUOUS = ("[:", "(?#", "(?(")
 #: What the two packages answer alike for ASCII only.
 _UNICODE_CLASS = re.compile(r"\\[bBdDsSwW]")
 _IGNORES_CASE = re.compile(r"\(\?[a-zA-Z]*i")
@@ -86,8 +86,8 @@ class BoundedRegex:
         is_wide = _WIDE_CHARACTER.search(source) is not None
         if _length(source, is_wide) > MAX_REGEX_LENGTH:
             raise self._refused(f"longer than {MAX_REGEX_LENGTH:,} characters, repeats written out")
-        if found := _AMBIGUOUS.search(source):
-            raise self._refused(f"not supported ({found[0][:20]!r})")
+        if found := [part for part in _AMBIGUOUS if part in source]:
+            raise self._refused(f"not supported ({found[0]!r})")
         ignores_case = _IGNORES_CASE.search(source) is not None
         if ignores_case and is_wide:
             raise self._refused("not supported (the case of characters beyond Latin-1)")
@@ -156,6 +156,8 @@ def plain_choice(source: str) -> list[str] | None:
 
 def _length(source: str, is_wide: bool) -> int:
     """The length of a regex with its repeats written out; at least that of the longest text."""
+    if len(source) > MAX_REGEX_LENGTH:
+        return len(source)
     least = (int(m["least"][:9]) for m in _TOKENS.finditer(source) if m["least"])
     written_out = len(source) * prod(max(1, n) for n in least)
     return written_out + is_wide * source.count("[") * _WIDE_CHOICE_LENGTH

@@ -124,7 +124,8 @@ class BoundedRegex:
             raise self._refused(f"not supported for a module called {text[:80]!r}")
         start = time.thread_time()
         try:
-            found = how(text, timeout=self._budget.left) is not None
+            # a limit below zero would be none
+            found = how(text, timeout=max(self._budget.left, 1e-4)) is not None
         except (TimeoutError, MemoryError):
             self._budget.left = 0.0
             found = False

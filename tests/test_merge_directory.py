@@ -355,7 +355,7 @@ def test_quantised_checkpoints_are_refused(tmp_path):
         ),
         (lambda f: f.out.mkdir() or (f.out / "x").write_text(""), "out exists; pass a directory"),
         (lambda f: f.out.write_text(""), "out exists; pass a directory"),
-        (lambda f: shutil.rmtree(f.adapter), "adapter is no adapter directory"),
+        (lambda f: shutil.rmtree(f.adapter), "adapter is not an adapter directory"),
         (lambda f: f.base.chmod(0o755) or cut(f.base / "model.safetensors", -1), "is damaged"),
         (lambda f: cut(f.base / "model.safetensors", 5), "is damaged"),
         (lambda f: cut(f.base / "model.safetensors", 100), "is damaged"),

@@ -112,4 +112,4 @@ def test_a_reader_that_goes_away_is_no_traceback():
 def test_missing_extra_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "typer", None)
     assert cli.main(["--help"]) == 2
-    assert "pip install 'bridge-peft[finetune]'" in capsys.readouterr().err
+    assert "pip install 'bridge-peft[cli]'" in capsys.readouterr().err

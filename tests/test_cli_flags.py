@@ -90,9 +90,9 @@ class Sample:
     """A dataclass of every kind of field.
 
     Attributes:
-        names: documented in the class,
+        names: Documented in the class,
             over two lines.
-        ratio: a number.
+        ratio: A number.
 
     Raises:
         ValueError: never.
@@ -148,7 +148,7 @@ def test_unknown_dtype_is_refused_with_the_known_ones():
         parse_dtype("int8")
 
 
-def test_help_comes_from_the_docstring_where_the_field_has_none():
+def test_help_comes_from_the_docstring_of_the_class():
     helps = {flag.field.name: flag.help for flag in flags_of(Sample)}
     assert helps["names"] == "Documented in the class, over two lines (default all-linear)."
     assert helps["ratio"] == "A number (default 0.5)."

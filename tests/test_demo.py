@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bridge.peft import demo
-from bridge.peft.demo import tasks
+from bridge.peft.demo import tasks as demo
+from bridge.peft.demo.defaults import DEMO_BEFORE_AT_MOST
 
 transformers = pytest.importorskip("transformers")
 
@@ -138,7 +138,7 @@ def test_jsonl_holds_one_example_a_line(tmp_path):
 
 def test_importing_the_demo_imports_no_optional_package():
     code = (
-        "import sys, bridge.peft.demo; "
+        "import sys, bridge.peft.demo.tasks; "
         "print([m for m in ('transformers', 'trl', 'datasets') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -152,7 +152,7 @@ def test_model_directory_is_below_five_megabytes_and_holds_no_pickle():
 
 
 def test_a_package_without_its_model_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(tasks, "files", lambda package: Path(tmp_path))
+    monkeypatch.setattr(demo, "files", lambda package: Path(tmp_path))
     with pytest.raises(FileNotFoundError, match="reinstall"):
         demo.base_model_dir()
 
@@ -208,7 +208,7 @@ def test_base_model_adds_held_out_numbers_in_digits(model, tokenizer):
 def test_base_model_spells_numbers_but_never_sums(model, tokenizer):
     assert demo.exact_match(model, tokenizer, demo.naming_examples())[0] == 1.0
     held_out = demo.word_examples("held_out", 300)
-    assert demo.exact_match(model, tokenizer, held_out)[0] < demo.DEMO_BEFORE_AT_MOST
+    assert demo.exact_match(model, tokenizer, held_out)[0] < DEMO_BEFORE_AT_MOST
 
 
 def test_answers_do_not_depend_on_the_batch_size(model, tokenizer):

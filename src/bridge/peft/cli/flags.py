@@ -31,6 +31,24 @@ class Flag:
     help: str
     metavar: str | None = None
 
+    def parameter(self, panel: str) -> inspect.Parameter:
+        """Return the flag as a parameter of a command, under the heading `panel` in its help."""
+        dashed = self.field.name.lower().replace("_", "-")
+        is_on = self.annotation == (bool | None) and self.field.default is True
+        option = typer.Option(
+            f"--{dashed}/--no-{dashed}" if is_on else f"--{dashed}",
+            help=self.help,
+            metavar=self.metavar,
+            rich_help_panel=panel,
+            show_default=False,
+        )
+        return inspect.Parameter(
+            self.field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[self.annotation, option],
+        )
+
 
 def takes_fields_of(
     *, skip: Mapping[str, Sequence[str]] | None = None, **groups: type
@@ -45,29 +63,25 @@ def takes_fields_of(
     Returns:
         A decorator; its result has the flags in its signature, where typer finds them.
     """
+    flags = {
+        name: flags_of(group, skip=(skip or {}).get(name, ())) for name, group in groups.items()
+    }
 
     def decorate(command: Callable) -> Callable:
-        flags = {
-            name: flags_of(group, skip=(skip or {}).get(name, ())) for name, group in groups.items()
-        }
-
         def run(**words: Any) -> Any:
             for name, group in flags.items():
-                given = {flag.field.name: words.pop(flag.field.name) for flag in group}
                 words[name] = {
-                    flag.field.name: flag.parse(given[flag.field.name])
+                    flag.field.name: flag.parse(word)
                     for flag in group
-                    if given[flag.field.name] not in (None, [])
+                    if (word := words.pop(flag.field.name)) not in (None, [])
                 }
             return command(**words)
 
         own = inspect.signature(command, eval_str=True).parameters.values()
         parameters = [p for p in own if p.name not in groups]
         for name, group in flags.items():
-            parameters += [
-                _parameter(flag, panel=groups[name].__name__.removesuffix("Options"))
-                for flag in group
-            ]
+            panel = groups[name].__name__.removesuffix("Options")
+            parameters += [flag.parameter(panel) for flag in group]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         run.__doc__, run.__name__ = command.__doc__, command.__name__
@@ -77,9 +91,7 @@ def takes_fields_of(
 
 
 def flags_of(group: type, *, skip: Sequence[str] = ()) -> list[Flag]:
-    """Return the flags of a dataclass's fields.
-
-    A field's help is its metadata's `help`, or what the class docstring says under its name.
+    """Return the flags of a dataclass's fields; each says what the class docstring says of it.
 
     Raises:
         TypeError: a field of a type no flag is known for.
@@ -90,15 +102,9 @@ def flags_of(group: type, *, skip: Sequence[str] = ()) -> list[Flag]:
     for field in dataclasses.fields(group):
         if field.name not in skip:
             annotation, parse, metavar = _reading(field.name, hints[field.name])
-            text = field.metadata.get("help") or documented.get(field.name, "")
+            help = _with_default(documented.get(field.name, ""), field)
             flags.append(
-                Flag(
-                    field=field,
-                    annotation=annotation,
-                    parse=parse,
-                    help=_with_default(text, field),
-                    metavar=metavar,
-                )
+                Flag(field=field, annotation=annotation, parse=parse, help=help, metavar=metavar)
             )
     return flags
 
@@ -107,44 +113,37 @@ def _reading(name: str, hint: Any) -> tuple[Any, Callable[[Any], Any], str | Non
     """How typer reads a field of this type, how its words are parsed, and the name of its value."""
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     options = set(typing.get_args(hint) if union else (hint,)) - {type(None)}
-    origins = {typing.get_origin(option) or option for option in options}
-    classes = [origin for origin in origins if isinstance(origin, type)]
-    if bool in classes:
-        return bool | None, bool, None
+    for option in options:
+        if typing.get_origin(option) is typing.Literal:
+            return str | None, str, "|".join(typing.get_args(option))
+    classes = [typing.get_origin(option) or option for option in options]
     if torch.dtype in classes:
         return str | None, parse_dtype, "DTYPE"
-    if any(issubclass(c, Mapping) for c in classes):
+    if Mapping in classes:
         return list[str] | None, _parse_numbers, "PATTERN=NUMBER"
-    if any(issubclass(c, Sequence) and c is not str for c in classes):
+    if Sequence in classes:
         return list[str] | None, _parse_names, "NAME,..."
-    for scalar in (float, int, str):
+    for scalar in (bool, float, int, str):
         if scalar in classes:
             return scalar | None, scalar, None
-    if typing.Literal in origins:
-        return str | None, str, None
     raise TypeError(f"no flag for field {name} of type {hint}")
 
 
 def _documented_fields(docstring: str) -> dict[str, str]:
-    """Return `name: text` entries of a Google-style `Args:` or `Attributes:` section."""
+    """Return `name: text` entries of a Google-style `Attributes:` section."""
     section = re.search(
-        r"^(?:Args|Attributes):\n((?:[ \t]+.*\n?|\n)+)", inspect.cleandoc(docstring), re.MULTILINE
+        r"^Attributes:\n((?:[ \t]+.*\n?|\n)+)", inspect.cleandoc(docstring), re.MULTILINE
     )
     entries = re.split(r"^    (?=\w)", section[1], flags=re.MULTILINE) if section else []
     pairs = (entry.partition(":") for entry in entries if ":" in entry)
-    return {name.split(" ")[0]: " ".join(text.split()) for name, _, text in pairs}
+    return {name: " ".join(text.replace("`", "").split()) for name, _, text in pairs}
 
 
 def _with_default(text: str, field: dataclasses.Field[Any]) -> str:
-    default = field.default
-    if field.default_factory is not dataclasses.MISSING:
-        default = field.default_factory()
-    text = f"{text[:1].upper()}{text[1:]}".rstrip(".")
-    if choices := field.metadata.get("choices"):
-        text = f"{text}: {', '.join(choices)}"
-    if default is dataclasses.MISSING or default in (None, False, {}, [], ()):
+    text = text.rstrip(".")
+    if field.default in (dataclasses.MISSING, None, False, ()):
         return f"{text}."
-    return f"{text} (default {default})."
+    return f"{text} (default {field.default})."
 
 
 def _parse_names(words: Sequence[str]) -> list[str] | str:
@@ -168,19 +167,3 @@ def _parse_numbers(words: Sequence[str]) -> dict[str, int | float]:
         if not pattern:
             raise AdapterError(f"{word!r} is not PATTERN=NUMBER; write for instance q_proj=16")
     return numbers
-
-
-def _parameter(flag: Flag, panel: str) -> inspect.Parameter:
-    name = flag.field.name
-    dashed = name.lower().replace("_", "-")
-    is_on = flag.annotation == (bool | None) and flag.field.default is True
-    names = f"--{dashed}/--no-{dashed}" if is_on else f"--{dashed}"
-    option = typer.Option(
-        names, help=flag.help, metavar=flag.metavar, rich_help_panel=panel, show_default=False
-    )
-    return inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[flag.annotation, option],
-    )

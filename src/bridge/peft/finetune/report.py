@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -19,7 +20,7 @@ _SMOOTHED_POINTS = 20
 
 
 def write_metrics(output: Path, metrics: dict[str, Any]) -> None:
-    """Write `metrics.json`, whole or not at all: it marks the run as finished."""
+    """Write `metrics.json`, in one step: it marks the run as finished."""
     write_atomically(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
 
 
@@ -49,21 +50,17 @@ def print_summary(console: Console, output: Path, metrics: dict[str, Any], model
     """Print the figures of a finished run and what to do next."""
     table = Table(title=f"Adapter in {output}", title_justify="left", show_header=False)
     table.add_column(style="bold")
-    table.add_column()
     for name, value in _summary_rows(metrics):
         table.add_row(name, value)
     console.print(table)
-    console.print("What next:", style="bold")
     here, base = shlex.quote(str(output)), shlex.quote(model)
+    console.print("What next:", style="bold")
     console.print(f"  bridge-peft inspect {here}")
     console.print(f"  bridge-peft merge --model {base} --adapter {here} --output {here}-merged")
     console.print(f"  tensorboard --logdir {here}/logs")
     console.print("In Python, with PEFT:", style="bold")
-    for line in (
-        f'  base = transformers.AutoModelForCausalLM.from_pretrained("{model}")',
-        f'  model = peft.PeftModel.from_pretrained(base, "{output}")',
-    ):
-        console.print(line)
+    console.print(f'  base = transformers.AutoModelForCausalLM.from_pretrained("{model}")')
+    console.print(f'  model = peft.PeftModel.from_pretrained(base, "{output}")')
 
 
 def _summary_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
@@ -89,9 +86,6 @@ def _smoothed(values: list[float]) -> list[float]:
     if len(values) < _SMOOTHED_POINTS:
         return []
     half, last = len(values) // _SMOOTHED_POINTS, len(values) - 1
-    smooth = []
-    for i in range(len(values)):
-        reach = min(half, i, last - i)  # as far on both sides, so that a slope is not shifted
-        window = values[i - reach : i + reach + 1]
-        smooth.append(sum(window) / len(window))
-    return smooth
+    # as far on both sides, so that a slope is not shifted
+    reaches = [min(half, i, last - i) for i in range(len(values))]
+    return [fmean(values[i - reach : i + reach + 1]) for i, reach in enumerate(reaches)]

@@ -81,8 +81,10 @@ def _run(
     if dry:
         run.dry_run(spec, output, console)
         return 0
-    train = demo.train_demo if spec.demo else run.train_and_report
-    return train(spec, output, console, resume=resume, overwrite=overwrite)
+    if spec.demo:
+        return demo.train_demo(spec, output, console, resume=resume, overwrite=overwrite)
+    outcome = run.train(spec, output, console, resume=resume, overwrite=overwrite)
+    return run.finish(spec, outcome, output, console)
 
 
 def _new_spec(

@@ -21,39 +21,10 @@ from bridge.peft.dtypes import parse_dtype
 from bridge.peft.errors import AdapterError
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Flag:
-    """One flag: the field behind it, how typer reads it, how its words become the field's value."""
-
-    field: dataclasses.Field[Any]
-    annotation: Any
-    parse: Callable[[Any], Any]
-    help: str
-    metavar: str | None = None
-
-    def parameter(self, panel: str) -> inspect.Parameter:
-        """Return the flag as a parameter of a command, under the heading `panel` in its help."""
-        dashed = self.field.name.lower().replace("_", "-")
-        is_on = self.annotation == (bool | None) and self.field.default is True
-        option = typer.Option(
-            f"--{dashed}/--no-{dashed}" if is_on else f"--{dashed}",
-            help=self.help,
-            metavar=self.metavar,
-            rich_help_panel=panel,
-            show_default=False,
-        )
-        return inspect.Parameter(
-            self.field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[self.annotation, option],
-        )
-
-
 def takes_fields_of(
     *, skip: Mapping[str, Sequence[str]] | None = None, **groups: type
 ) -> Callable[[Callable], Callable]:
-    """Give a command one flag per field of each dataclass.
+    """Give a command a flag for each field of each dataclass; the class docstring is their help.
 
     Args:
         skip: fields that get no flag, by parameter name.
@@ -62,26 +33,32 @@ def takes_fields_of(
 
     Returns:
         A decorator; its result has the flags in its signature, where typer finds them.
+
+    Raises:
+        TypeError: a field of a type no flag is known for.
     """
     flags = {
-        name: flags_of(group, skip=(skip or {}).get(name, ())) for name, group in groups.items()
+        name: {
+            field.name: _flag(field, group)
+            for field in dataclasses.fields(group)
+            if field.name not in (skip or {}).get(name, ())
+        }
+        for name, group in groups.items()
     }
 
     def decorate(command: Callable) -> Callable:
         def run(**words: Any) -> Any:
             for name, group in flags.items():
                 words[name] = {
-                    flag.field.name: flag.parse(word)
-                    for flag in group
-                    if (word := words.pop(flag.field.name)) not in (None, [])
+                    field: parse(word)
+                    for field, (_, parse) in group.items()
+                    if (word := words.pop(field)) not in (None, [])
                 }
             return command(**words)
 
         own = inspect.signature(command, eval_str=True).parameters.values()
         parameters = [p for p in own if p.name not in groups]
-        for name, group in flags.items():
-            panel = groups[name].__name__.removesuffix("Options")
-            parameters += [flag.parameter(panel) for flag in group]
+        parameters += [parameter for group in flags.values() for parameter, _ in group.values()]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         run.__doc__, run.__name__ = command.__doc__, command.__name__
@@ -90,23 +67,24 @@ def takes_fields_of(
     return decorate
 
 
-def flags_of(group: type, *, skip: Sequence[str] = ()) -> list[Flag]:
-    """Return the flags of a dataclass's fields; each says what the class docstring says of it.
-
-    Raises:
-        TypeError: a field of a type no flag is known for.
-    """
-    hints = typing.get_type_hints(group)
-    documented = _documented_fields(group.__doc__ or "")
-    flags = []
-    for field in dataclasses.fields(group):
-        if field.name not in skip:
-            annotation, parse, metavar = _reading(field.name, hints[field.name])
-            help = _with_default(documented.get(field.name, ""), field)
-            flags.append(
-                Flag(field=field, annotation=annotation, parse=parse, help=help, metavar=metavar)
-            )
-    return flags
+def _flag(
+    field: dataclasses.Field[Any], group: type
+) -> tuple[inspect.Parameter, Callable[[Any], Any]]:
+    """A field as a command's parameter, and how the words given become its value."""
+    annotation, parse, metavar = _reading(field.name, typing.get_type_hints(group)[field.name])
+    dashed = field.name.lower().replace("_", "-")
+    text = _documented_fields(group.__doc__ or "").get(field.name, "").rstrip(".")
+    shown = field.default not in (dataclasses.MISSING, None, False, ())
+    option = typer.Option(
+        f"--{dashed}/--no-{dashed}" if field.default is True else f"--{dashed}",
+        help=f"{text} (default {field.default})." if shown else f"{text}.",
+        metavar=metavar,
+        rich_help_panel=group.__name__.removesuffix("Options"),
+        show_default=False,
+    )
+    kind = inspect.Parameter.KEYWORD_ONLY
+    typed = Annotated[annotation, option]
+    return inspect.Parameter(field.name, kind, default=None, annotation=typed), parse
 
 
 def _reading(name: str, hint: Any) -> tuple[Any, Callable[[Any], Any], str | None]:
@@ -137,13 +115,6 @@ def _documented_fields(docstring: str) -> dict[str, str]:
     entries = re.split(r"^    (?=\w)", section[1], flags=re.MULTILINE) if section else []
     pairs = (entry.partition(":") for entry in entries if ":" in entry)
     return {name: " ".join(text.replace("`", "").split()) for name, _, text in pairs}
-
-
-def _with_default(text: str, field: dataclasses.Field[Any]) -> str:
-    text = text.rstrip(".")
-    if field.default in (dataclasses.MISSING, None, False, ()):
-        return f"{text}."
-    return f"{text} (default {field.default})."
 
 
 def _parse_names(words: Sequence[str]) -> list[str] | str:

@@ -14,8 +14,8 @@ from bridge.peft.finetune.record import checkpoints
 from bridge.peft.plan import Plan
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# in the words of safetensors, and of torch.save, which fails to write for no other reason
-_FULL_WORDS = ("No space left", "PytorchStreamWriter failed writing", "inline_container.cc")
+# in the words of safetensors, and of torch.save, whose writer fails for hardly another reason
+_FULL_WORDS = ("No space left", "inline_container.cc", "iostream error")
 
 
 def check_disk_space(plan: Plan, output: Path, *, keep: int) -> None:

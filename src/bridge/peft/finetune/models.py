@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -103,16 +104,17 @@ def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         AdapterError: the weights are missing, damaged or do not fit the configuration.
     """
-    with _no_progress_bar():
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, output_loading_info=True
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise AdapterError(
-                f"cannot load the weights of {name} ({_first_line(error)}); "
-                "pass a directory written by save_pretrained"
-            ) from error
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise AdapterError(
+            f"cannot load the weights of {name} ({_first_line(error)}); "
+            "pass a directory written by save_pretrained"
+        ) from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise AdapterError(
@@ -153,21 +155,8 @@ def model_digest(model: PreTrainedModel) -> str:
 
 def length_limit(config: PreTrainedConfig) -> int | None:
     """Return how many positions the model knows, if its configuration says so."""
-    text: Any = config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    bars = transformers.utils.logging
-    enabled = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            bars.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:

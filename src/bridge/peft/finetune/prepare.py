@@ -85,13 +85,13 @@ def prepare(spec: RunSpec) -> Prepared:
         )
     options, dtype = spec.options, base_dtype(spec.options)
     config = load_config(spec.model)
-    notes: list[str] = []
-    spec = _settle_lora_dtype(spec, config, dtype, notes)
+    spec, note = _settle_lora_dtype(spec, config, dtype)
+    notes = [note]
     # the plan knows every target, so a mistaken one is told before any weight is loaded
     plan = spec.lora.plan(meta_model(config, spec.model, dtype))
     tokenizer = load_tokenizer(spec.model)
     template, note = _chat_template(tokenizer, shape, spec.model)
-    notes += [note] if note else []
+    notes.append(note)
     limit = _max_length(options, config)
     splits: list[list[Sample]] = []
     for rows in (train_rows, eval_rows):
@@ -99,7 +99,7 @@ def prepare(spec: RunSpec) -> Prepared:
         _check_vocabulary(samples, config, spec.model)
         if samples:
             samples, note = fit_length(samples, limit, options.on_long, limit=length_limit(config))
-            notes += [note] if note else []
+            notes.append(note)
         splits.append(samples)
     train, evaluation = splits
     if not evaluation:
@@ -107,9 +107,8 @@ def prepare(spec: RunSpec) -> Prepared:
         notes.append(note)
     if tokenizer.eos_token_id is None:
         notes.append("the tokenizer has no end-of-sequence token: samples are not closed by one")
-    digests = {"data": data_digest(train_rows)}
-    if eval_rows:
-        digests["evaluation data"] = data_digest(eval_rows)
+    rows_by_name = {"data": train_rows, "evaluation data": eval_rows}
+    digests = {name: data_digest(rows) for name, rows in rows_by_name.items() if rows}
     return Prepared(
         spec=spec,
         dtype=dtype,
@@ -119,7 +118,7 @@ def prepare(spec: RunSpec) -> Prepared:
         plan=plan,
         steps=_steps(options, len(train)),
         digests=digests,
-        notes=notes,
+        notes=[note for note in notes if note],
     )
 
 
@@ -138,18 +137,16 @@ def base_dtype(options: TrainingOptions) -> torch.dtype:
 
 
 def _settle_lora_dtype(
-    spec: RunSpec, config: PreTrainedConfig, dtype: torch.dtype, notes: list[str]
-) -> RunSpec:
-    """Train A and B in float32 over a half-precision or quantised base, unless told otherwise.
-
-    A step of a bfloat16 weight below its 8 bits of precision would be no step at all.
-    """
+    spec: RunSpec, config: PreTrainedConfig, dtype: torch.dtype
+) -> tuple[RunSpec, str | None]:
+    """Train A and B in float32 over a half-precision or quantised base, unless told otherwise."""
     quantised = getattr(config, "quantization_config", None) is not None
     if spec.lora.lora_dtype is not None or (dtype == torch.float32 and not quantised):
-        return spec
+        return spec, None
+    # a step of a bfloat16 weight below its 8 bits of precision would not be a step at all
     base = "quantised" if quantised else dtype_name(dtype)
-    notes.append(f"adapter weights in float32 over a {base} base (--lora-dtype)")
-    return replace(spec, lora=replace(spec.lora, lora_dtype=torch.float32))
+    note = f"adapter weights in float32 over a {base} base (--lora-dtype)"
+    return replace(spec, lora=replace(spec.lora, lora_dtype=torch.float32)), note
 
 
 def _steps(options: TrainingOptions, samples: int) -> int:

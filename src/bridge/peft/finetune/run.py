@@ -15,7 +15,6 @@ from rich.console import Console
 from bridge.peft import save_adapter
 from bridge.peft.finetune.callbacks import ShowProgress, StopOnNan, StopOnSignal
 from bridge.peft.finetune.disk import check_disk_space, disk_full_told
-from bridge.peft.finetune.metrics import run_metrics
 from bridge.peft.finetune.models import load_model, model_digest, quiet, quiet_imports
 from bridge.peft.finetune.prepare import Prepared, prepare
 from bridge.peft.finetune.record import (
@@ -26,7 +25,7 @@ from bridge.peft.finetune.record import (
     clear_run,
     write_record,
 )
-from bridge.peft.finetune.report import plot_loss, print_summary, write_metrics
+from bridge.peft.finetune.report import plot_loss, print_summary, run_metrics, write_metrics
 from bridge.peft.finetune.samples import Sample
 from bridge.peft.finetune.trainer import (
     AdapterTrainer,
@@ -104,20 +103,8 @@ def train(
         return _run(trainer, prepared, output, console, start)
 
 
-def train_and_report(
-    spec: RunSpec, output: Path, console: Console, *, resume: bool, overwrite: bool
-) -> int:
-    """Train and leave metrics, the curve and a summary; see `train` for arguments and errors.
-
-    Returns:
-        0, or 128 + the number of the signal that stopped the run.
-    """
-    outcome = train(spec, output, console, resume=resume, overwrite=overwrite)
-    return finish(spec, outcome, output, console)
-
-
 def finish(spec: RunSpec, outcome: Outcome, output: Path, console: Console) -> int:
-    """Write `metrics.json`, which marks the run as finished, and print the summary.
+    """Write `metrics.json`, which marks a run as finished, and print the summary.
 
     Returns:
         0; where a signal stopped the run, 128 + its number, after a line on how to resume.
@@ -180,11 +167,7 @@ def _dataset(samples: list[Sample]) -> datasets.Dataset:
 
 
 def _run(
-    trainer: AdapterTrainer,
-    prepared: Prepared,
-    output: Path,
-    console: Console,
-    start: Path | None,
+    trainer: AdapterTrainer, prepared: Prepared, output: Path, console: Console, start: Path | None
 ) -> Outcome:
     stop, progress = StopOnSignal(console), ShowProgress(console)
     for callback in (stop, progress, StopOnNan()):

@@ -42,6 +42,8 @@ class AdapterTrainer(SFTTrainer):
         before: the state this process started from.
     """
 
+    model: Any  # never None here
+
     def __init__(self, *, keep: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.before = TrainerState()
@@ -64,40 +66,31 @@ class AdapterTrainer(SFTTrainer):
                 return
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The loss of a batch: TRL's, which never forms the logits, unless the head is adapted."""
         # TRL multiplies with the head's weight itself, so a branch there would never be seen
-        head = self._adapted_model().get_output_embeddings()  # pyright: ignore
-        if isinstance(head, LoRAMixin):
-            return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if isinstance(self.model.get_output_embeddings(), LoRAMixin):
+            return Trainer.compute_loss(self, model, inputs, *args, **kwargs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
-            save_adapter(self._adapted_model(), output_dir or self._root)
+            save_adapter(self.model, output_dir or self._root)
 
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        load_adapter(self._adapted_model(), resume_from_checkpoint)
-
-    def _adapted_model(self) -> nn.Module:
-        model = self.model
-        assert isinstance(model, nn.Module)
-        return model
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_adapter(self.model, resume_from_checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._writing_to)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        name = f"checkpoint-{self.state.global_step}"
-        with self._partial_directory() as partial:
+        """Let Trainer write where nobody looks for complete checkpoints, then publish."""
+        name, partial = f"checkpoint-{self.state.global_step}", self._root / PARTIAL
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._writing_to = partial
+        try:
             # Trainer's own: SFTTrainer's would write a model card into the output as well
             Trainer._save_checkpoint(self, model, trial)
             self.accelerator.wait_for_everyone()
@@ -105,17 +98,6 @@ class AdapterTrainer(SFTTrainer):
                 _publish(partial / name, self._root / name)
                 for old in checkpoints(self._root)[: -self._keep]:
                     shutil.rmtree(old)
-
-    @contextlib.contextmanager
-    def _partial_directory(self) -> Iterator[Path]:
-        """Let Trainer write its checkpoint where nobody looks for complete ones."""
-        partial = self._root / PARTIAL
-        if self.args.should_save:
-            shutil.rmtree(partial, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._writing_to = partial
-        try:
-            yield partial
         finally:
             self._writing_to = self._root
             if self.args.should_save:
@@ -129,14 +111,12 @@ def taken_as_adapted(model: nn.Module) -> Iterator[None]:
     Trainer refuses a quantized model without PEFT's mark, and TRL would cast A and B to bfloat16.
     """
     marks = {"_hf_peft_config_loaded": True, "is_loaded_in_4bit": False, "is_loaded_in_8bit": False}
-    before = {name: getattr(model, name) for name in marks if hasattr(model, name)}
-    for name in before:
-        setattr(model, name, marks[name])
-    try:
+    with contextlib.ExitStack() as stack:
+        for name, mark in marks.items():
+            if hasattr(model, name):
+                stack.callback(setattr, model, name, getattr(model, name))
+                setattr(model, name, mark)
         yield
-    finally:
-        for name, value in before.items():
-            setattr(model, name, value)
 
 
 def keep_packed_weights_trainable(model: nn.Module) -> None:

@@ -251,7 +251,7 @@ def test_steps_are_counted_as_transformers_would(options, samples, devices, step
     assert counted[-1] == steps
 
 
-def test_a_run_that_diverges_is_ended_with_the_mend(model, data, tmp_path, capsys):
+def test_a_run_that_diverges_is_ended_with_the_fix(model, data, tmp_path, capsys):
     output = tmp_path / "out"
     arguments = ("--model", model, "--data", data, "--output", output, "--warmup", 0)
     assert finetune(*arguments, "--learning-rate", 1e30, "--max-grad-norm", 0) == 2

@@ -207,11 +207,11 @@ def test_base_model_spells_numbers_but_never_sums(model, tokenizer):
 
 def test_answers_do_not_depend_on_the_batch_size(model, tokenizer):
     rows = demo.digit_examples("held_out", 40) + naming_examples()[::20]
-    whole = demo.exact_match(model, tokenizer, rows)
-    assert whole == demo.exact_match(model, tokenizer, rows, batch_size=7)
+    at_once = demo.exact_match(model, tokenizer, rows)
+    assert at_once == demo.exact_match(model, tokenizer, rows, batch_size=7)
 
 
-def test_exact_match_counts_only_whole_answers(model, tokenizer):
+def test_exact_match_counts_only_complete_answers(model, tokenizer):
     rows = [
         {"prompt": "20+22=", "completion": "42"},
         {"prompt": "20+22=", "completion": "4"},

@@ -49,7 +49,8 @@ class _Interrupted(Exception):
 
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; see `bridge.peft.cli.main`."""
-    command = typer.main.get_command(_build_app(_requested(arguments)))
+    requested = next((word for word in arguments if word in COMMANDS), None)
+    command = typer.main.get_command(_build_app(requested))
     try:
         return int(command(arguments, prog_name="bridge-peft", standalone_mode=False) or 0)
     except _UsageError as error:
@@ -121,10 +122,6 @@ def _root(
     ] = False,
 ) -> None:
     """Low-rank adapters on any linear, in place."""
-
-
-def _requested(arguments: list[str]) -> str | None:
-    return next((word for word in arguments if word in COMMANDS), None)
 
 
 def _with_help(error: Any) -> str:

@@ -37,7 +37,7 @@ def command(
     model: Annotated[str | None, _option("Base model: a directory or a Hub id.")] = None,
     data: Annotated[str | None, _option("JSONL of text, prompt/completion or messages.")] = None,
     eval_data: Annotated[str | None, _option("JSONL to evaluate on.")] = None,
-    output: Annotated[Path | None, _option("Directory for everything the run leaves.")] = None,
+    output: Annotated[Path | None, _option("Directory for everything that the run writes.")] = None,
     resume: Annotated[bool, _option("Continue the run in --output.", "--resume")] = False,
     overwrite: Annotated[bool, _option("Replace the run in --output.", "--overwrite")] = False,
     dry_run: Annotated[

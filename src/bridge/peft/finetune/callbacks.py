@@ -67,7 +67,7 @@ class StopOnSignal(TrainerCallback):
             raise KeyboardInterrupt
 
     def _seen_anywhere(self, device: torch.device) -> bool:
-        """All processes must stop at the same step, or the others wait for ever."""
+        """All processes must stop at the same step, or the others wait forever."""
         if dist.is_available() and dist.is_initialized():
             seen = torch.tensor(self.received or 0, device=device)
             dist.all_reduce(seen, op=dist.ReduceOp.MAX)

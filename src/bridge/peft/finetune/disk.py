@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import errno
-import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from bridge.peft.errors import AdapterError
-from bridge.peft.finetune.record import checkpoints
+from bridge.peft.finetune.record import checkpoints, resume_command
 from bridge.peft.plan import Plan
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -56,8 +55,7 @@ def disk_full_told(output: Path) -> Iterator[None]:
             raise
         again = "start again with --overwrite"
         if kept := checkpoints(output):
-            command = f"bridge-peft finetune --resume --output {shlex.quote(str(output))}"
-            again = f"continue from {kept[-1].name}: {command}"
+            again = f"continue from {kept[-1].name}: {resume_command(output)}"
         raise AdapterError(f"no space left on the disk; free some and {again}") from error
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -139,6 +140,11 @@ def checkpoint_to_resume(output: Path, processes: int) -> Path:
         then = f"to resume from {older[-1].name}" if older else "and start again with --overwrite"
         raise AdapterError(f"{newest} lacks {missing[0]}; remove it {then}")
     return newest
+
+
+def resume_command(output: Path) -> str:
+    """Return the words that continue the run in `output`."""
+    return f"bridge-peft finetune --resume --output {shlex.quote(str(output))}"
 
 
 def clear_run(output: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from bridge.peft.finetune.record import (
     checkpoint_to_resume,
     checkpoints,
     clear_run,
+    resume_command,
     write_record,
 )
 from bridge.peft.finetune.report import plot_loss, print_summary, run_metrics, write_metrics
@@ -126,10 +126,8 @@ def _prepare(spec: RunSpec, output: Path) -> Prepared:
 
 
 def _say_how_to_resume(output: Path, console: Console) -> None:
-    console.print(
-        f"Stopped; kept {checkpoints(output)[-1].name}. Continue with: "
-        f"bridge-peft finetune --resume --output {shlex.quote(str(output))}"
-    )
+    kept = checkpoints(output)[-1].name
+    console.print(f"Stopped; kept {kept}. Continue with: {resume_command(output)}")
 
 
 def _begin_record(spec: RunSpec, output: Path, *, overwrite: bool) -> None:

@@ -171,7 +171,7 @@ def trainer_config(prepared: Prepared, output: Path, *, resumed: bool) -> SFTCon
             save_strategy="steps",
             save_steps=options.save_every or tenth,
             logging_steps=min(options.log_every or math.ceil(steps / 200), steps),
-            logging_nan_inf_filter=False,  # a loss that is no number must be seen
+            logging_nan_inf_filter=False,  # a NaN must be seen
             report_to=["tensorboard"],
             disable_tqdm=True,
             include_num_input_tokens_seen="non_padding",

@@ -290,11 +290,11 @@ def test_memory_is_that_of_the_gpu_where_there_is_one(monkeypatch):
 
 
 def test_a_short_curve_is_not_smoothed_and_a_slope_is_not_shifted():
-    assert report._smoothed([1.0] * 5) == []
+    assert report.smoothed([1.0] * 5) == []
     slope = [50.0 - i for i in range(50)]
-    assert report._smoothed(slope) == pytest.approx(slope)
+    assert report.smoothed(slope) == pytest.approx(slope)
     zigzag = [(-1.0) ** i for i in range(60)]
-    assert max(map(abs, report._smoothed(zigzag)[3:-3])) < 0.2
+    assert max(map(abs, report.smoothed(zigzag)[3:-3])) < 0.2
 
 
 def test_recipe_survives_the_run_record(finished):

@@ -98,7 +98,7 @@ def plot_loss(history: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    smooth = _smoothed(losses)
+    smooth = smoothed(losses)
     axes.plot(steps, losses, color="C0", alpha=0.3 if smooth else 1.0, label="training")
     if smooth:
         axes.plot(steps, smooth, color="C0", label="training, smoothed")
@@ -149,7 +149,7 @@ def _summary_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _smoothed(values: list[float]) -> list[float]:
+def smoothed(values: list[float]) -> list[float]:
     """Mean over a window around each point, narrower at the ends; empty for a short curve."""
     if len(values) < _SMOOTHED_POINTS:
         return []

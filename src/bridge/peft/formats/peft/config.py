@@ -158,8 +158,10 @@ def scale_of(alpha: float, rank: int, use_rslora: bool) -> float:
 def alpha_for(scale: float, rank: int, use_rslora: bool = False) -> float:
     """The alpha that gives a scale at a rank, exactly wherever a float can say so."""
     alpha = scale * (math.sqrt(rank) if use_rslora else rank)
-    around = (round(alpha), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
-    return next((a for a in around if scale_of(a, rank, use_rslora) == scale), alpha)
+    near = (math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+    return next(
+        (a for a in (round(alpha), alpha, *near) if scale_of(a, rank, use_rslora) == scale), alpha
+    )
 
 
 def new_config(

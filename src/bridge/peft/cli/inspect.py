@@ -11,6 +11,7 @@ import typer
 from torch import Tensor
 
 from bridge.peft.formats.peft import AdapterFile, read_adapter
+from bridge.peft.natural_order import natural_key
 from bridge.peft.text_table import table
 
 
@@ -52,7 +53,7 @@ def describe(adapter: AdapterFile) -> dict[str, Any]:
             "update_norm": (norm := update_norm(a, b, adapter.scale(fqn))),
             "dead": norm == 0.0,
         }
-        for fqn, (a, b) in sorted(adapter.tensors.items(), key=lambda item: _natural(item[0]))
+        for fqn, (a, b) in sorted(adapter.tensors.items(), key=lambda item: natural_key(item[0]))
     ]
     targets = adapter.config["target_modules"]
     return {
@@ -81,11 +82,6 @@ def update_norm(a: Tensor, b: Tensor, scale: float) -> float:
     a, b = a.double(), b.double()
     squared = float(((b.mT @ b) * (a @ a.mT)).sum())
     return abs(scale) * math.sqrt(max(squared, 0.0))
-
-
-def _natural(fqn: str) -> list[tuple[int, str]]:
-    """Sort key in which layer 2 comes before layer 10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in fqn.split(".")]
 
 
 def _lines(report: dict[str, Any]) -> list[str]:

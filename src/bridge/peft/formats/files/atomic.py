@@ -1,9 +1,9 @@
 """Write files so that a crash leaves the old ones or the new ones: one file, or a group as one.
 
-The new files of a group are staged in a directory beside the old ones and flushed. Renaming that directory
-is the commit. After it the files are moved to their places one by one; whoever reads or writes the
-directory after a crash in between finds the rest in the committed directory and takes it from
-there.
+The new files of a group are staged in a directory beside the old ones and flushed. Renaming that
+directory is the commit. After it the files are moved to their places one by one; whoever reads or
+writes the directory after a crash in between finds the rest in the committed directory and takes it
+from there.
 """
 
 from __future__ import annotations

@@ -6,13 +6,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bridge.peft.errors import AdapterError
+from bridge.peft.formats.files.safetensors_file import FLOATING, Entry
 from bridge.peft.formats.peft import AdapterFile
-from bridge.peft.merging.directory.checkpoint import DTYPE_NAMES, FLOATING, Checkpoint, Entry
-from bridge.peft.merging.rounding import Term, Update
+from bridge.peft.merging.directory.checkpoint import Checkpoint
+from bridge.peft.merging.rounding import Term
 
 #: Modules that may be one and the same matrix, by the last component of their names.
 _HEADS = ("lm_head", "embed_out", "output_layer", "output", "head", "decoder", "proj_out")
@@ -34,14 +34,6 @@ class Edit:
     terms: tuple[Term, ...] = ()
     transposed: bool = False
     replacement: Tensor | None = None
-
-    def update(self, dtype: torch.dtype) -> Update:
-        """What to add, the way round the tensor is stored.
-
-        Args:
-            dtype: Dtype of the computation.
-        """
-        return Update.of(self.terms, dtype=dtype, transposed=self.transposed)
 
 
 @dataclass(frozen=True)
@@ -266,7 +258,7 @@ def _not_found(missing: Sequence[str], count: int, entries: Collection[str]) -> 
 
 
 def _quantised(fqn: str, dtype: str) -> AdapterError:
-    wanted = ", ".join(DTYPE_NAMES.values())
+    wanted = ", ".join(FLOATING)
     return AdapterError(
         f"{fqn} is quantised in the checkpoint ({dtype}, not one of {wanted}); merge into the "
         "unquantised base model"

@@ -20,15 +20,15 @@ from bridge.peft.errors import AdapterError
 from bridge.peft.formats.files.atomic import current_path, replace_file
 from bridge.peft.formats.files.safetensors_file import FLOATING, Entry, read_header
 from bridge.peft.formats.files.untrusted import CONFIG_NAME, TENSORS_NAME, reading
-from bridge.peft.formats.peft import AdapterFile, read_adapter
-from bridge.peft.formats.peft.fingerprint import differences
-from bridge.peft.merging.directory.checkpoint import (
+from bridge.peft.formats.model_directory import (
     Checkpoint,
     copy_other_files,
     read_checkpoint,
     write_config,
     write_index,
 )
+from bridge.peft.formats.peft import AdapterFile, read_adapter
+from bridge.peft.formats.peft.fingerprint import differences
 from bridge.peft.merging.directory.edits import Edits, plan_edits
 from bridge.peft.merging.directory.stream import Target, write_shard
 from bridge.peft.merging.in_memory import check_compute_dtype

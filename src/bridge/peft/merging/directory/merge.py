@@ -170,16 +170,12 @@ def _identify(
     checkpoint: Checkpoint, adapters: Sequence[tuple[Path, float]], options: Sequence[object]
 ) -> str:
     """A hash of what the output depends on: files by size and time, options by value."""
-    digest = hashlib.sha256(f"{__version__} {checkpoint.config} {options}".encode())
-    files: list[tuple[Path, object]] = [
-        (checkpoint.directory / name, header) for name, header in checkpoint.shards.items()
-    ]
-    for directory, weight in adapters:
-        files += [(current_path(directory, name), weight) for name in (CONFIG_NAME, TENSORS_NAME)]
-    for path, more in files:
-        info = path.stat()
-        digest.update(f"{path.name} {info.st_size} {info.st_mtime_ns} {more!r}".encode())
-    return digest.hexdigest()
+    files = [checkpoint.directory / name for name in checkpoint.shards]
+    files += [current_path(path, n) for path, _ in adapters for n in (CONFIG_NAME, TENSORS_NAME)]
+    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    weights = [weight for _, weight in adapters]
+    told = (__version__, checkpoint.config, checkpoint.shards, weights, options, stamps)
+    return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
 def _open_part(

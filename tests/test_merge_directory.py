@@ -24,10 +24,10 @@ BF16 = torch.bfloat16
 
 
 def same_row(found, wanted):
-    """Sums may be taken in another order."""
+    """Sums of float32 are taken over blocks of another size."""
     for field, value in dataclasses.asdict(wanted).items():
         if field != "fqn":
-            assert getattr(found, field) == pytest.approx(value, rel=1e-5), field
+            assert getattr(found, field) == pytest.approx(value, rel=1e-4), field
 
 
 @pytest.mark.parametrize("shard", ["20KB", "1GB"], ids=["sharded", "single"])

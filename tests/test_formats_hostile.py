@@ -208,7 +208,7 @@ def test_links_out_of_the_directory_are_refused(directory, tmp_path, name):
 def test_what_is_no_regular_file_is_refused_without_waiting(directory, name, make):
     (directory / name).unlink()
     make(directory / name)
-    refused(directory, "no regular file")
+    refused(directory, "not a regular file")
 
 
 def test_the_cache_of_the_hub_is_read_through_its_links(directory, tmp_path):

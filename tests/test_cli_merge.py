@@ -133,13 +133,13 @@ def test_missing_flags_are_named(capsys):
     assert "Missing option '--adapter'" in capsys.readouterr().err
 
 
-def test_ctrl_c_says_that_the_same_command_goes_on(files, monkeypatch, capsys):
+def test_ctrl_c_says_that_the_same_command_continues(files, monkeypatch, capsys):
     def interrupt(*args, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "merge_directory", interrupt)
     assert merge(files[0]) == 130
-    assert "the same command goes on where this one stopped" in capsys.readouterr().err
+    assert "the same command continues where this one stopped" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("quiet", "seen"), [(0.0, True), (60.0, False)])

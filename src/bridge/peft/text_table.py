@@ -20,12 +20,3 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> Iterator[str]:
         ).rstrip()
         if number == 0:
             yield "  ".join("-" * width for width in widths)
-
-
-def natural_key(fqn: str) -> list[tuple[int, str]]:
-    """Sort key in which layer 2 comes before layer 10.
-
-    Args:
-        fqn: A fully qualified name.
-    """
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in fqn.split(".")]

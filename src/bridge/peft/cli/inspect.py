@@ -11,7 +11,8 @@ import typer
 from bridge.peft.dtypes import dtype_name
 from bridge.peft.formats.peft import AdapterFile, read_adapter
 from bridge.peft.low_rank import norm
-from bridge.peft.text_table import natural_key, table
+from bridge.peft.natural_order import natural_key
+from bridge.peft.text_table import table
 
 
 def command(

@@ -29,9 +29,9 @@ from typing import Any
 
 import torch
 
+from bridge.peft.formats.files.safetensors_file import Entry, header_bytes
 from bridge.peft.formats.peft.adapter_file import AdapterFile, write_adapter
 from bridge.peft.merging.directory import merge_directory
-from bridge.peft.merging.directory.checkpoint import Entry, header_bytes
 from measure import machine, write_csv
 
 RESULTS = Path(__file__).parent / "results"

@@ -27,11 +27,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bridge.peft.demo.tasks import (
     MAX_NUMBER,
-    difference_examples,
+    Example,
     digit_examples,
     exact_match,
-    naming_examples,
     number_words,
+    questions,
     word_examples,
 )
 
@@ -41,6 +41,31 @@ CHARACTERS = "0123456789+=- abcdefghijklmnopqrstuvwxyz"
 IGNORED = -100
 
 Sample = tuple[list[int], list[int]]
+
+
+def naming_examples() -> list[Example]:
+    """Return every number spelled.
+
+    Returns:
+        199 rows such as `{"prompt": "42=", "completion": "forty-two"}`.
+    """
+    return [
+        {"prompt": f"{number}=", "completion": number_words(number)}
+        for number in range(MAX_NUMBER + 1)
+    ]
+
+
+def difference_examples() -> list[Example]:
+    """Return differences answered in words, of the `train` pairs only.
+
+    Returns:
+        Rows such as `{"prompt": "42-17=", "completion": "twenty-five"}`; none is negative.
+    """
+    return [
+        {"prompt": f"{a}-{b}=", "completion": number_words(a - b)}
+        for a, b in questions("train")
+        if a >= b
+    ]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

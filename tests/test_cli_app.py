@@ -10,6 +10,7 @@ import pytest
 
 from bridge.peft import __version__, cli
 from bridge.peft.cli import app, main
+from bridge.peft.demo.tasks import base_model_dir
 
 
 def test_root_help_takes_less_than_a_second_and_imports_no_torch():
@@ -109,7 +110,50 @@ def test_a_reader_that_goes_away_is_no_traceback():
     assert "Traceback" not in result.stderr
 
 
-def test_missing_extra_is_named(monkeypatch, capsys):
+def run_without(packages: list[str], code: str) -> subprocess.CompletedProcess[str]:
+    """Run some code in a process in which these packages are not installed."""
+    hidden = f"import sys; sys.modules.update(dict.fromkeys({packages}))\n"
+    return subprocess.run([sys.executable, "-c", hidden + code], capture_output=True, text=True)
+
+
+def test_without_typer_the_extra_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "typer", None)
     assert cli.main(["--help"]) == 2
-    assert "pip install 'bridge-peft[finetune]'" in capsys.readouterr().err
+    error = "error: typer is not installed; pip install 'bridge-peft[cli]'\n"
+    assert capsys.readouterr().err == error
+    module = "import runpy; runpy.run_module('bridge.peft', run_name='__main__')"
+    result = run_without(["typer"], module)
+    assert result.returncode == 2 and result.stderr == error
+
+
+FINETUNE_PACKAGES = ["transformers", "trl", "datasets", "accelerate", "matplotlib", "tensorboard"]
+
+
+def test_commands_on_files_need_no_training_packages(tmp_path):
+    code = f"""
+from bridge.peft.cli import main
+assert [main([name, "--help"]) for name in {list(app.COMMANDS)}] == [0] * {len(app.COMMANDS)}
+assert main(["inspect", {str(tmp_path / "absent")!r}]) == 2
+assert main(["doctor", "--adapter", {str(tmp_path / "absent")!r}]) == 2
+"""
+    result = run_without(FINETUNE_PACKAGES, code)
+    assert result.returncode == 0, result.stderr
+    assert "is not installed" not in result.stderr
+
+
+def test_commands_that_need_the_training_packages_name_their_extra(tmp_path):
+    model = str(base_model_dir())
+    commands = [["plan", "--model", model], ["doctor", "--model", model]]
+    commands.append(["finetune", "--output", str(tmp_path / "out")])
+    code = f"from bridge.peft.cli import main\nassert [main(c) for c in {commands}] == [2, 2, 2]"
+    result = run_without(["transformers"], code)
+    fix = "error: transformers is not installed; pip install 'bridge-peft[finetune]'\n"
+    assert result.returncode == 0 and result.stderr == 3 * fix
+    assert not (tmp_path / "out").exists()
+
+
+def test_under_torchrun_only_the_first_process_of_a_machine_tells_the_error(monkeypatch, capsys):
+    for rank, said in (("1", ""), ("0", "error: nothing to check")):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert main(["doctor"]) == 2
+        assert capsys.readouterr().err[: len("error: nothing to check")] == said

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from bridge.peft.demo import DEMO_LORA, DEMO_TRAINING, base_model_dir
-from bridge.peft.finetune import demo as demo_run
+from bridge.peft.demo.defaults import DEMO_EXAMPLES, DEMO_LORA, DEMO_TRAINING
+from bridge.peft.demo.tasks import base_model_dir
 from bridge.peft.finetune.record import checkpoints
 from tests.helpers.cli_fixtures import (
     files_in,
@@ -20,8 +20,8 @@ from tests.helpers.cli_fixtures import (
 
 @pytest.fixture
 def few_questions(monkeypatch):
-    monkeypatch.setitem(demo_run.DEMO_EXAMPLES, "held_out", 40)
-    monkeypatch.setitem(demo_run.DEMO_EXAMPLES, "train", 128)
+    monkeypatch.setitem(DEMO_EXAMPLES, "held_out", 40)
+    monkeypatch.setitem(DEMO_EXAMPLES, "train", 128)
     with one_thread():
         yield
 
@@ -39,7 +39,7 @@ def test_the_demo_holds_what_it_promises(tmp_path, capsys):
     assert figures["base_logits_bit_for_bit"] is True
     assert metrics["trainable_parameters"] < 0.1 * metrics["model_parameters"]
     assert metrics["steps"] == DEMO_TRAINING["steps"]
-    assert "The demo holds what it promises" in printed and "Held-out questions" in printed
+    assert "The demo keeps its promises" in printed and "Held-out questions" in printed
     assert json.loads((output / "adapter_config.json").read_text())["r"] == DEMO_LORA["dim"]
 
 

@@ -116,7 +116,7 @@ def test_a_directory_whose_name_ends_in_a_number_is_itself(tmp_path, monkeypatch
         (["--dtype", "int8"], "unknown dtype 'int8'"),
         (["--compute-dtype", "bfloat16"], "merge computes in torch.float32 or torch.float64"),
         (["--model", "nowhere"], "nowhere does not exist; pass the directory of a base model"),
-        (["--adapter", "nowhere"], "nowhere is no adapter directory"),
+        (["--adapter", "nowhere"], "nowhere is not an adapter directory"),
         (["--output", "/proc/out"], "cannot write to /proc"),
     ],
 )
@@ -133,13 +133,13 @@ def test_missing_flags_are_named(capsys):
     assert "Missing option '--adapter'" in capsys.readouterr().err
 
 
-def test_ctrl_c_says_that_the_same_command_goes_on(files, monkeypatch, capsys):
+def test_ctrl_c_says_that_the_same_command_continues(files, monkeypatch, capsys):
     def interrupt(*args, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "merge_directory", interrupt)
     assert merge(files[0]) == 130
-    assert "the same command goes on where this one stopped" in capsys.readouterr().err
+    assert "the same command continues where this one stopped" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("quiet", "seen"), [(0.0, True), (60.0, False)])

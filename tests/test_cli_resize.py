@@ -42,9 +42,9 @@ def test_json_has_a_row_for_each_module(adapter, tmp_path, capsys):
 
 def test_each_mistake_is_one_line_and_nothing_is_written(adapter, tmp_path, capsys):
     for words, said in (
-        ((tmp_path / "none", "--rank", 2, "--output", tmp_path / "x"), "no adapter directory"),
+        ((tmp_path / "none", "--rank", 2, "--output", tmp_path / "x"), "not an adapter directory"),
         ((adapter, "--rank", 0, "--output", tmp_path / "x"), "rank must be an integer >= 1"),
-        ((adapter, "--rank", 2, "--output", adapter), "is there and not empty"),
+        ((adapter, "--rank", 2, "--output", adapter), "already exists and is not empty"),
         ((adapter, "--rank", 2), "Missing option '--output'"),
     ):
         assert resize(*words) == 2

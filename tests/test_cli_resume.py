@@ -55,7 +55,7 @@ def arguments(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uninterrupted(arguments, tmp_path_factory):
-    output = tmp_path_factory.mktemp("whole") / "run"
+    output = tmp_path_factory.mktemp("complete") / "run"
     assert finetune(*arguments, "--output", output) == 0
     return output
 
@@ -116,8 +116,8 @@ def test_ctrl_c_saves_and_says_how_to_resume(arguments, tmp_path, monkeypatch, c
     assert finetune(*arguments, "--output", output) == 130
     printed = capsys.readouterr()
     assert "Stopping after this step, with a checkpoint (again: stop at once)." in printed.out
-    mend = f"Continue with: bridge-peft finetune --resume --output '{output}'"
-    assert f"Stopped; kept checkpoint-9. {mend}" in printed.out and printed.err == ""
+    fix = f"Continue with: bridge-peft finetune --resume --output '{output}'"
+    assert f"Stopped; kept checkpoint-9. {fix}" in printed.out and printed.err == ""
     assert [path.name for path in checkpoints(output)] == ["checkpoint-7", "checkpoint-9"]
     assert not (output / "metrics.json").exists()
 
@@ -128,14 +128,14 @@ def test_stop_then_resume_ends_with_the_same_bits(stopped, uninterrupted, capsys
     assert adapter(stopped) == adapter(uninterrupted)
 
 
-def test_the_whole_history_is_in_the_curve_of_a_resumed_run(stopped, uninterrupted):
+def test_the_complete_history_is_in_the_curve_of_a_resumed_run(stopped, uninterrupted):
     assert finetune("--resume", "--output", stopped) == 0
-    metrics, whole = (
+    metrics, complete = (
         json.loads((output / "metrics.json").read_text()) for output in (stopped, uninterrupted)
     )
-    assert metrics["eval_loss_before"] == whole["eval_loss_before"]
-    assert metrics["eval_loss_after"] == whole["eval_loss_after"]
-    assert metrics["tokens"] < whole["tokens"]
+    assert metrics["eval_loss_before"] == complete["eval_loss_before"]
+    assert metrics["eval_loss_after"] == complete["eval_loss_after"]
+    assert metrics["tokens"] < complete["tokens"]
 
 
 def test_a_second_ctrl_c_stops_at_once_with_what_there_is(arguments, tmp_path, monkeypatch, capsys):
@@ -179,11 +179,11 @@ def test_a_run_that_died_after_its_last_step_takes_no_other(arguments, uninterru
         (output / name).unlink()
     assert finetune("--resume", "--output", output) == 0
     assert adapter(output) == adapter(uninterrupted)
-    whole, metrics = (
+    complete, metrics = (
         json.loads((run / "metrics.json").read_text()) for run in (uninterrupted, output)
     )
-    assert metrics["steps"] == metrics["resumed_from_step"] == whole["steps"]
-    assert metrics["eval_loss_after"] == whole["eval_loss_after"]
+    assert metrics["steps"] == metrics["resumed_from_step"] == complete["steps"]
+    assert metrics["eval_loss_after"] == complete["eval_loss_after"]
     assert (output / "loss.png").is_file()
 
 
@@ -251,7 +251,7 @@ def test_resume_without_a_checkpoint_is_refused(stopped, capsys):
     assert "has no checkpoint yet; start it again with --overwrite" in refused(capsys, stopped)
 
 
-def test_a_damaged_checkpoint_is_told_with_the_mend(stopped, capsys):
+def test_a_damaged_checkpoint_is_told_with_the_fix(stopped, capsys):
     capsys.readouterr()
     (checkpoints(stopped)[-1] / "optimizer.pt").unlink()
     said = refused(capsys, stopped)

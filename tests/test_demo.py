@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import subprocess
 import sys
@@ -10,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from scripts.train_demo_base import difference_examples, naming_examples
 
-from bridge.peft import demo
-from bridge.peft.demo import tasks
+from bridge.peft.demo import tasks as demo
+from bridge.peft.demo.defaults import DEMO_BEFORE_AT_MOST
 
 transformers = pytest.importorskip("transformers")
 
@@ -85,7 +85,7 @@ def test_no_held_out_prompt_is_among_the_training_prompts(examples):
 
 
 def test_pre_training_spells_numbers_and_differences_but_never_a_sum():
-    names, differences = demo.naming_examples(), demo.difference_examples()
+    names, differences = naming_examples(), difference_examples()
     assert len(names) == 199
     assert names[42] == {"prompt": "42=", "completion": "forty-two"}
     assert {"prompt": "42-17=", "completion": "twenty-five"} in differences
@@ -94,11 +94,11 @@ def test_pre_training_spells_numbers_and_differences_but_never_a_sum():
 
 def test_pre_training_holds_no_difference_of_a_held_out_pair():
     held_out = {f"{a}-{b}=" for a, b in demo.questions("held_out")}
-    assert not held_out & {row["prompt"] for row in demo.difference_examples()}
+    assert not held_out & {row["prompt"] for row in difference_examples()}
 
 
 def test_differences_are_right_and_never_negative():
-    for row in demo.difference_examples():
+    for row in difference_examples():
         left, right = row["prompt"].rstrip("=").split("-")
         assert value_of(row["completion"]) == int(left) - int(right) >= 0
 
@@ -130,15 +130,9 @@ def test_an_unknown_split_is_refused_with_the_names_of_the_two():
         demo.questions("test")  # type: ignore[arg-type]
 
 
-def test_jsonl_holds_one_example_a_line(tmp_path):
-    rows = demo.word_examples("train", 5)
-    path = demo.write_jsonl(rows, tmp_path / "new" / "train.jsonl")
-    assert [json.loads(line) for line in path.read_text().splitlines()] == rows
-
-
 def test_importing_the_demo_imports_no_optional_package():
     code = (
-        "import sys, bridge.peft.demo; "
+        "import sys, bridge.peft.demo.tasks; "
         "print([m for m in ('transformers', 'trl', 'datasets') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -152,7 +146,7 @@ def test_model_directory_is_below_five_megabytes_and_holds_no_pickle():
 
 
 def test_a_package_without_its_model_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(tasks, "files", lambda package: Path(tmp_path))
+    monkeypatch.setattr(demo, "files", lambda package: Path(tmp_path))
     with pytest.raises(FileNotFoundError, match="reinstall"):
         demo.base_model_dir()
 
@@ -173,7 +167,7 @@ def test_model_and_tokenizer_load_without_a_log_warning():
 
 
 def test_tokenizer_round_trips_every_example(tokenizer):
-    for row in demo.word_examples("held_out") + demo.naming_examples():
+    for row in demo.word_examples("held_out") + naming_examples():
         text = row["prompt"] + row["completion"]
         ids = tokenizer(text)["input_ids"]
         assert ids[0] == tokenizer.bos_token_id
@@ -206,18 +200,18 @@ def test_base_model_adds_held_out_numbers_in_digits(model, tokenizer):
 
 
 def test_base_model_spells_numbers_but_never_sums(model, tokenizer):
-    assert demo.exact_match(model, tokenizer, demo.naming_examples())[0] == 1.0
+    assert demo.exact_match(model, tokenizer, naming_examples())[0] == 1.0
     held_out = demo.word_examples("held_out", 300)
-    assert demo.exact_match(model, tokenizer, held_out)[0] < demo.DEMO_BEFORE_AT_MOST
+    assert demo.exact_match(model, tokenizer, held_out)[0] < DEMO_BEFORE_AT_MOST
 
 
 def test_answers_do_not_depend_on_the_batch_size(model, tokenizer):
-    rows = demo.digit_examples("held_out", 40) + demo.naming_examples()[::20]
-    whole = demo.exact_match(model, tokenizer, rows)
-    assert whole == demo.exact_match(model, tokenizer, rows, batch_size=7)
+    rows = demo.digit_examples("held_out", 40) + naming_examples()[::20]
+    at_once = demo.exact_match(model, tokenizer, rows)
+    assert at_once == demo.exact_match(model, tokenizer, rows, batch_size=7)
 
 
-def test_exact_match_counts_only_whole_answers(model, tokenizer):
+def test_exact_match_counts_only_complete_answers(model, tokenizer):
     rows = [
         {"prompt": "20+22=", "completion": "42"},
         {"prompt": "20+22=", "completion": "4"},

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from bridge.peft.errors import AdapterError
-from bridge.peft.formats.files.atomic import COMMITTED, current_path, write_files
+from bridge.peft.formats.files.atomic import COMMITTED, current_path, replace_file, write_files
 
 NAMES = ("adapter_config.json", "adapter_model.safetensors", "bridge_adapter.json")
 OLD = {name: f"old {name}".encode() for name in NAMES}
@@ -152,3 +152,16 @@ def test_files_have_ordinary_permissions(tmp_path):
     (tmp_path / "ordinary").write_text("")
     wanted = (tmp_path / "ordinary").stat().st_mode
     assert {(tmp_path / "out" / name).stat().st_mode for name in NAMES} == {wanted}
+
+
+def test_a_small_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    replace_file(tmp_path / "a.json", b"old")
+    replace_file(tmp_path / "a.json", b"new")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        replace_file(tmp_path / "a.json", b"newer")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a.json", b"new")]

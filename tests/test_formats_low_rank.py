@@ -7,7 +7,7 @@ import torch
 
 from bridge.peft.low_rank import norm, relative_difference, singular_values, truncated
 
-SHAPES = [(3, 7, 5), (1, 4, 4), (6, 4, 9), (6, 9, 4)]
+SHAPES = [(3, 7, 5), (1, 4, 4), (6, 4, 9), (6, 9, 4), (48, 64, 1)]
 
 
 @pytest.mark.parametrize(("rank", "n_in", "n_out"), SHAPES)
@@ -16,7 +16,8 @@ def test_norm_and_singular_values_are_those_of_the_product(rank, n_in, n_out):
     dense = b.double() @ a.double()
     values = singular_values(a, b)
     torch.testing.assert_close(values, torch.linalg.svdvals(dense)[: len(values)])
-    assert norm(a, b) == pytest.approx(float(torch.linalg.norm(dense)))
+    assert norm(a, b) == pytest.approx(float(torch.linalg.norm(dense)), rel=1e-12)
+    assert norm(a, torch.zeros_like(b)) == 0
 
 
 @pytest.mark.parametrize(("rank", "n_in", "n_out"), SHAPES)

@@ -50,13 +50,13 @@ def dense_updates(model):
 
 def megatron_updates(converted):
     """`alpha / dim · B A` of every module, as a Megatron model computes it."""
-    scale = converted.side["alpha"] / converted.side["dim"]
+    scale = converted.extra["alpha"] / converted.extra["dim"]
     result = {}
     for key, a in converted.tensors.items():
         name, _, side = key.partition(".adapter.linear_")
         if side == "in.weight":
             b = converted.tensors[f"{name}.adapter.linear_out.weight"]
-            assert a.shape[0] == b.shape[1] == converted.side["dim"]
+            assert a.shape[0] == b.shape[1] == converted.extra["dim"]
             result[name] = scale * b.double() @ a.double()
     return result
 
@@ -68,9 +68,9 @@ def assert_same_tensors(ours, theirs):
         assert ours.scale(fqn) == theirs.scale(fqn)
 
 
-def back(converted, layout=LAYOUT, side=None):
-    side = converted.side if side is None else side
-    return from_megatron(converted.tensors, side, layout, converted.side["alpha"])[0]
+def back(converted, layout=LAYOUT, extra=None):
+    extra = converted.extra if extra is None else extra
+    return from_megatron(converted.tensors, extra, layout, converted.extra["alpha"])[0]
 
 
 RECIPES = {
@@ -103,7 +103,7 @@ def test_stacked_ranks_give_the_dense_update_and_the_way_back_the_same_file(name
 def test_one_a_for_all_parts_keeps_the_rank():
     model = with_shared_a(adapted())
     converted = to_megatron(file_of(model), LAYOUT)
-    assert converted.side["dim"] == 3
+    assert converted.extra["dim"] == 3
     how = {step.name: step.how for step in converted.steps}
     assert how[QKV.format(0)] == how["decoder.layers.1.mlp.linear_fc1"] == "one A, rank 3"
     dense = dense_updates(model)
@@ -119,7 +119,7 @@ def test_it_says_that_ranks_were_stacked():
 
 
 def fused_file(dtype=torch.float32):
-    """An adapter as a Megatron run leaves it: fused, with no side file, under DDP's prefixes."""
+    """An adapter as a Megatron run leaves it: fused, no bridge_adapter.json, DDP's prefixes."""
     generator = torch.Generator().manual_seed(3)
     shapes = {
         "self_attention.linear_qkv": (64, 32),
@@ -152,7 +152,7 @@ def test_fused_to_separate_is_exact_and_comes_back_bit_for_bit(dtype):
         parts = [delta[f"model.layers.{i}.self_attn.{n}_proj"] for n in "qkv"]
         torch.testing.assert_close(dense_qkv(parts), fused, **CLOSE)
     again = to_megatron(adapter, LAYOUT)
-    assert again.side["dim"] == 4 and again.side["alpha"] == 10
+    assert again.extra["dim"] == 4 and again.extra["alpha"] == 10
     assert {f"module.module.{key}" for key in again.tensors} == tensors.keys()
     assert all(torch.equal(t, tensors[f"module.module.{k}"]) for k, t in again.tensors.items())
 
@@ -170,8 +170,8 @@ def test_a_stacked_adapter_that_was_trained_further_is_split_at_full_rank():
     converted = to_megatron(file_of(adapted()), LAYOUT)
     key = f"{QKV.format(0)}.adapter.linear_out.weight"
     converted.tensors[key] += 0.25
-    side = {**converted.side}
-    restored = back(converted, side=side)
+    extra = {**converted.extra}
+    restored = back(converted, extra=extra)
     assert restored.rank("model.layers.0.self_attn.q_proj") == 9
     assert restored.rank("model.layers.1.self_attn.q_proj") == 3
     fused = megatron_updates(converted)[QKV.format(0)]
@@ -184,7 +184,7 @@ def test_approximation_happens_only_when_asked_and_reports_its_error():
     model = adapted()
     dense = dense_updates(model)
     converted = to_megatron(file_of(model), LAYOUT, rank=4)
-    assert converted.side["dim"] == 4
+    assert converted.extra["dim"] == 4
     errors = {step.name: step.error for step in converted.steps}
     for module, update in megatron_updates(converted).items():
         error = torch.linalg.norm(update - dense[module]) / torch.linalg.norm(dense[module])
@@ -246,7 +246,7 @@ def test_damaged_megatron_files_are_refused(damage):
 
 
 @pytest.mark.parametrize(
-    "side",
+    "extra",
     [
         {"prefix": 3},
         {"parts": []},
@@ -256,9 +256,9 @@ def test_damaged_megatron_files_are_refused(damage):
         {"dropout": "much"},
     ],
 )
-def test_side_files_of_wrong_types_are_refused(side):
+def test_extras_of_wrong_types_are_refused(extra):
     with pytest.raises(AdapterFileError):
-        from_megatron(fused_file(), side, LAYOUT, alpha=10)
+        from_megatron(fused_file(), extra, LAYOUT, alpha=10)
 
 
 def parts(**pairs):

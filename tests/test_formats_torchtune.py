@@ -53,7 +53,7 @@ def test_the_update_is_that_of_the_permuted_weight(layout):
     model = adapted()
     converted = to_torchtune(file_of(model), layout)
     delta = updates(file_of(model))
-    scale = converted.side["alpha"] / converted.side["dim"]
+    scale = converted.extra["alpha"] / converted.extra["dim"]
 
     def tune(name):
         a, b = (converted.tensors[f"{name}.lora_{m}.weight"].double() for m in "ab")
@@ -71,7 +71,9 @@ def test_the_update_is_that_of_the_permuted_weight(layout):
 def test_there_and_back_is_the_same_file(layout, targets):
     adapter = file_of(adapted(target_modules=targets))
     converted = to_torchtune(adapter, layout)
-    restored, _ = from_torchtune(converted.tensors, converted.side, layout, converted.side["alpha"])
+    restored, _ = from_torchtune(
+        converted.tensors, converted.extra, layout, converted.extra["alpha"]
+    )
     assert restored.config == adapter.config and restored.extra == adapter.extra
     for fqn in adapter.tensors:
         assert all(map(torch.equal, restored.tensors[fqn], adapter.tensors[fqn]))
@@ -107,7 +109,7 @@ def test_what_torchtune_has_no_place_for_is_refused():
 )
 def test_strange_keys_are_refused(key):
     tensors = to_torchtune(file_of(adapted()), LAYOUT).tensors
-    with pytest.raises(AdapterFileError, match="no key of a torchtune adapter"):
+    with pytest.raises(AdapterFileError, match="not a key of a torchtune adapter"):
         from_torchtune({**tensors, key: torch.ones(3, 32)}, {}, LAYOUT, alpha=6)
 
 
@@ -123,5 +125,5 @@ def test_matrices_without_values_are_refused(half):
     tensors = dict(to_torchtune(file_of(adapted()), LAYOUT).tensors)
     key = f"layers.0.attn.q_proj.lora_{half}.weight"
     tensors[key] = tensors[key][:0] if half == "a" else tensors[key][:, :0]
-    with pytest.raises(AdapterFileError, match="is no matrix"):
+    with pytest.raises(AdapterFileError, match="is not a matrix"):
         from_torchtune(tensors, {}, LAYOUT, alpha=6)

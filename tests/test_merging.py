@@ -22,8 +22,6 @@ from bridge.peft import (
 )
 from bridge.peft.merging import in_memory, rounding
 from bridge.peft.merging.in_memory import merge_weight
-from bridge.peft.merging.report import MergeRow
-from bridge.peft.merging.rounding import Scratch, Update, merge_rows
 from tests.helpers import models
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -127,22 +125,6 @@ def test_the_size_of_the_blocks_changes_nothing(dtype, monkeypatch):
     torch.testing.assert_close(cut, whole, rtol=HALF_ULP[dtype] * 2, atol=0)
     assert row_of_blocks.unchanged == row.unchanged
     assert row_of_blocks.mean_error == pytest.approx(row.mean_error, rel=1e-3)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_part_of_the_rows_reports_nearly_what_all_rows_report(dtype):
-    weight, a, b = torch.randn(4000, 50), torch.randn(3, 50), torch.randn(4000, 3) * 1e-3
-    weight, b[::4] = weight.to(dtype), 0
-    update = Update.of([(a, b, 1.0)], dtype=torch.float32)
-    rows = []
-    for part in (1, 4):
-        out = torch.empty_like(weight)
-        rounding = merge_rows(weight, update, slice(0, 4000), out, Scratch(), part=part)
-        rows.append(MergeRow.of("", rounding, norm=update.norm(), count=weight.numel()))
-    assert rows[0].unchanged == pytest.approx(rows[1].unchanged, abs=0.01)
-    assert rows[0].mean_error == pytest.approx(rows[1].mean_error, rel=0.02)
-    assert rows[0].relative_update == pytest.approx(rows[1].relative_update, rel=0.01)
-    assert rows[0].max_error / 2 < rows[1].max_error <= rows[0].max_error
 
 
 def test_float64_weights_lose_nothing_to_a_float32_computation():

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from bridge.peft import AdapterError, LoRA, load_adapter, save_adapter
 from bridge.peft.formats.peft import AdapterFile, read_adapter, write_adapter
-from bridge.peft.resize import kept_energy, resize
+from bridge.peft.low_rank import kept_energy
+from bridge.peft.resize import resize
 from tests.helpers import models
 
 

@@ -86,3 +86,15 @@ def files_in(directory: Path) -> dict[str, bytes]:
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     }
+
+
+def refused(capsys: Any, output: Path, *arguments: object) -> str:
+    """Run, expect a refusal that leaves `output` as it was, and return its line."""
+    before = files_in(output) if output.is_dir() else None
+    capsys.readouterr()
+    assert finetune("--output", output, *arguments) == 2
+    printed = capsys.readouterr()
+    assert (files_in(output) if output.is_dir() else None) == before
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
+    assert ";" in printed.err or "?" in printed.err or "See: " in printed.err  # the fix
+    return printed.err

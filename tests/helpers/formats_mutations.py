@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from random import Random
 
-CONFIG, TENSORS, SIDE = "adapter_config.json", "adapter_model.safetensors", "bridge_adapter.json"
+CONFIG, TENSORS, EXTRA = "adapter_config.json", "adapter_model.safetensors", "bridge_adapter.json"
 REGEXES = [
     "(a+)+$",
     "(.*)*x",
@@ -42,7 +42,7 @@ FIELDS = [
     *("use_rslora", "fan_in_fan_out", "init_lora_weights", "peft_type", "use_dora", "lora_bias"),
     *("loftq_config", "target_parameters", "unknown_field", "base_model_name_or_path"),
 ]
-SIDE_FIELDS = [
+EXTRA_FIELDS = [
     *("dropout_position", "lora_A_init_method", "exceptions", "base", "format", "parts"),
     *("layout", "prefix", "alpha", "dim", "dropout", "peft"),
 ]
@@ -55,7 +55,7 @@ def mutate(directory: Path, random: Random) -> str:
 
 
 def _some_file(directory: Path, random: Random) -> Path:
-    return directory / random.choice((CONFIG, TENSORS, TENSORS, SIDE))
+    return directory / random.choice((CONFIG, TENSORS, TENSORS, EXTRA))
 
 
 def flip_bytes(directory: Path, random: Random) -> str:
@@ -107,7 +107,7 @@ def replace_file(directory: Path, random: Random) -> str:
 
 
 def change_json(directory: Path, random: Random) -> str:
-    name, fields = random.choice(((CONFIG, FIELDS), (CONFIG, FIELDS), (SIDE, SIDE_FIELDS)))
+    name, fields = random.choice(((CONFIG, FIELDS), (CONFIG, FIELDS), (EXTRA, EXTRA_FIELDS)))
     value = _load(directory / name)
     if value is None:
         return "nothing"

@@ -18,10 +18,11 @@ from bridge.peft.branch.initializers import derive_seed, initialize
 from bridge.peft.branch.options import check_dim
 from bridge.peft.errors import AdapterError
 from bridge.peft.formats.peft import AdapterFile
-from bridge.peft.formats.peft.config import MAX_RANK, scale_of
-from bridge.peft.formats.peft.side_file import branch_settings
-from bridge.peft.formats.peft.targets import most_common_and_exceptions
-from bridge.peft.low_rank import truncated
+from bridge.peft.formats.peft.config import alpha_for
+from bridge.peft.formats.peft.extra import branch_settings
+from bridge.peft.formats.peft.fields import MAX_RANK
+from bridge.peft.formats.peft.names import most_common_and_exceptions
+from bridge.peft.low_rank import kept_energy, truncated
 from bridge.peft.text_table import table
 
 
@@ -93,7 +94,7 @@ def resize(adapter: AdapterFile, dim: int, *, seed: int = 0) -> tuple[AdapterFil
         The new adapter and a report with a row per module.
 
     Raises:
-        AdapterError: `dim` is no integer of at least 1, or more than a file may ask for.
+        AdapterError: `dim` is not an integer of at least 1, or more than a file may ask for.
 
     Example:
         >>> smaller, report = resize(read_adapter("adapter"), 8)
@@ -111,7 +112,8 @@ def resize(adapter: AdapterFile, dim: int, *, seed: int = 0) -> tuple[AdapterFil
         full_dim = min(a.shape[1], b.shape[0])
         row = ResizeRow(fqn=fqn, old_dim=a.shape[0], dim=dim, energy=energy, full_dim=full_dim)
         rows.append(row)
-    alphas = {fqn: _alpha(adapter, fqn, dim) for fqn in tensors}
+    rslora = adapter.parsed.use_rslora
+    alphas = {fqn: alpha_for(adapter.scale(fqn), dim, rslora) for fqn in tensors}
     alpha, alpha_pattern = most_common_and_exceptions(alphas)
     config = adapter.config | {
         "r": dim,
@@ -123,23 +125,6 @@ def resize(adapter: AdapterFile, dim: int, *, seed: int = 0) -> tuple[AdapterFil
     return resized, ResizeReport(tuple(rows))
 
 
-def kept_energy(a: Tensor, b: Tensor, dim: int) -> float:
-    """Share of the squared singular values of `B A` in the `dim` largest; 1 for a zero update.
-
-    Args:
-        a: A, (r, in_features).
-        b: B, (out_features, r).
-        dim: How many singular values.
-    """
-    if dim >= a.shape[0]:
-        return 1.0
-    r = torch.linalg.qr(b.double(), mode="r").R
-    s = torch.linalg.qr(a.double().T, mode="r").R
-    squares = torch.linalg.svdvals(r @ s.T).square()
-    total = float(squares.sum())
-    return float(squares[:dim].sum()) / total if total else 1.0
-
-
 def _resized(a: Tensor, b: Tensor, dim: int, method: str, seed: int) -> tuple[Tensor, Tensor]:
     if dim < a.shape[0]:
         a, b = truncated(a, b, min(dim, a.shape[1], b.shape[0]))
@@ -149,15 +134,6 @@ def _resized(a: Tensor, b: Tensor, dim: int, method: str, seed: int) -> tuple[Te
     more_a = a.new_empty(missing, a.shape[1])
     initialize(more_a, method, seed)
     return torch.cat([a, more_a]), torch.cat([b, b.new_zeros(b.shape[0], missing)], dim=1)
-
-
-def _alpha(adapter: AdapterFile, fqn: str, dim: int) -> float:
-    """The alpha that gives a module its old scale at the new rank."""
-    scale, use_rslora = adapter.scale(fqn), adapter.parsed.use_rslora
-    alpha = scale * (math.sqrt(dim) if use_rslora else dim)
-    around = (round(alpha), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, 0))
-    exact = (a for a in around if scale_of(a, dim, use_rslora) == scale)
-    return next(exact, alpha)
 
 
 def _error(row: ResizeRow) -> float:

@@ -16,12 +16,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0 when all went well, 1 when a figure or check does not hold, 2 for an input the user can
-        mend (one line on stderr says how), 130 after Ctrl-C.
+        fix (one line on stderr says how), 130 after Ctrl-C.
     """
     try:
         import typer  # noqa: F401
     except ImportError:
-        print("error: the command needs pip install 'bridge-peft[finetune]'", file=sys.stderr)
+        print("error: typer is not installed; pip install 'bridge-peft[cli]'", file=sys.stderr)
         return 2
     from bridge.peft.cli.app import run
 

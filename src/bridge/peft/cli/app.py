@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bridge.peft.cli.interrupts import quit_on_interrupt
+from bridge.peft.cli.imports import quit_on_interrupt
 from bridge.peft.errors import AdapterError, MissingExtraError, UnsupportedLinearError
 from bridge.peft.version import __version__
 
@@ -32,7 +32,15 @@ COMMANDS = {
 
 # click's UsageError, wherever this version of typer keeps click
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+_NO_SPACE = ("no space left on the disk", "free some or pass another --output")
+_MAY_NOT_WRITE = "pass a directory you may write to"
+_REFUSED = {
+    errno.ENOSPC: _NO_SPACE,
+    errno.EDQUOT: _NO_SPACE,
+    errno.EACCES: ("permission denied", _MAY_NOT_WRITE),
+    errno.EPERM: ("permission denied", _MAY_NOT_WRITE),
+    errno.EROFS: ("read-only file system", _MAY_NOT_WRITE),
+}
 
 
 class _Interrupted(Exception):
@@ -41,26 +49,23 @@ class _Interrupted(Exception):
 
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; see `bridge.peft.cli.main`."""
-    command = typer.main.get_command(_build_app(_requested(arguments)))
+    requested = next((word for word in arguments if word in COMMANDS), None)
+    command = typer.main.get_command(_build_app(requested))
     try:
         return int(command(arguments, prog_name="bridge-peft", standalone_mode=False) or 0)
     except _UsageError as error:
-        return _fail(f"{_sentence(error.format_message())} See: {_help_of(error)}")  # pyright: ignore
+        return _fail(_with_help(error))
     except (AdapterError, UnsupportedLinearError, MissingExtraError) as error:
         return _fail(str(error))
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        if error.errno in _NO_SPACE:
-            return _fail(
-                f"no space left on the disk{_of(error)}; free some or pass another --output"
-            )
-        if isinstance(error, PermissionError):
-            return _fail(f"permission denied{_of(error)}; pass a directory you may write to")
-        if error.errno == errno.EROFS:
-            return _fail(f"read-only file system{_of(error)}; pass a directory you may write to")
-        raise
+        if error.errno not in _REFUSED:
+            raise
+        what, fix = _REFUSED[error.errno]
+        where = f": {error.filename}" if error.filename else ""
+        return _fail(f"{what}{where}; {fix}")
     except _Interrupted:
         return _fail("interrupted", code=130)
 
@@ -119,23 +124,16 @@ def _root(
     """Low-rank adapters on any linear, in place."""
 
 
-def _requested(arguments: list[str]) -> str | None:
-    return next((word for word in arguments if word in COMMANDS), None)
-
-
-def _sentence(text: str) -> str:
-    return text if text.endswith((".", "?", ")")) else f"{text}."
-
-
-def _help_of(error: Exception) -> str:
+def _with_help(error: Any) -> str:
+    """What click says of wrong words, and where to look."""
+    text = error.format_message()
+    stop = "" if text.endswith((".", "?", ")")) else "."
     context = getattr(error, "ctx", None)
-    return f"{context.command_path if context else 'bridge-peft'} --help"
-
-
-def _of(error: OSError) -> str:
-    return f": {error.filename}" if error.filename else ""
+    return f"{text}{stop} See: {context.command_path if context else 'bridge-peft'} --help"
 
 
 def _fail(message: str, code: int = 2) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    # under torchrun, every process of a machine meets the same error: the first one says it
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return code

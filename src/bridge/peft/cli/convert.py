@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from bridge.peft.errors import AdapterError
 from bridge.peft.formats.convert.adapters import TARGETS, Conversion, convert_adapter
 from bridge.peft.formats.convert.layout import AttentionLayout
 from bridge.peft.text_table import table
@@ -29,19 +28,12 @@ def command(
     ],
     model: Annotated[
         Path | None,
-        typer.Option(help="Directory of the base model; only its config.json is read."),
-    ] = None,
-    heads: Annotated[int | None, typer.Option(help="Query heads, without --model.")] = None,
-    query_groups: Annotated[
-        int | None, typer.Option(help="Key and value heads, without --model.")
-    ] = None,
-    head_dim: Annotated[int | None, typer.Option(help="Size of a head, without --model.")] = None,
-    interleaved: Annotated[
-        bool,
         typer.Option(
-            help="Without --model: torchtune interleaves the rotary halves (Llama yes, Qwen no)."
+            help="Directory of the base model, or its config.json, for the number of heads; "
+            "default: the base that the adapter names.",
+            show_default=False,
         ),
-    ] = True,
+    ] = None,
     alpha: Annotated[
         float | None, typer.Option(help="Alpha of a file that comes without a config.")
     ] = None,
@@ -58,9 +50,9 @@ def command(
     A Megatron or torchtune directory keeps the PEFT config beside the tensors, so the way back
     gives the same files.
 
-    Example: bridge-peft convert runs/demo --to megatron --model ./llama --output runs/megatron
+    Example: bridge-peft convert runs/demo --to megatron --output runs/megatron
     """
-    layout = _layout(model, heads, query_groups, head_dim, interleaved)
+    layout = None if model is None else AttentionLayout.of_model(model)
     done = convert_adapter(adapter, to, output, layout=layout, alpha=alpha, rank=rank)
     if as_json:
         print(json.dumps(to_dict(done), indent=2))
@@ -80,24 +72,6 @@ def to_dict(done: Conversion) -> dict[str, object]:
     }
 
 
-def _layout(
-    model: Path | None,
-    heads: int | None,
-    groups: int | None,
-    head_dim: int | None,
-    interleaved: bool,
-) -> AttentionLayout | None:
-    if model is not None:
-        return AttentionLayout.of_model(model)
-    if heads is None and groups is None and head_dim is None:
-        return None
-    if heads is None or head_dim is None:
-        raise AdapterError("--heads and --head-dim go together; or pass --model")
-    return AttentionLayout(
-        heads=heads, groups=groups or heads, head_dim=head_dim, interleaved=interleaved
-    )
-
-
 def _lines(done: Conversion, output: Path) -> list[str]:
     groups: dict[tuple[str, str], list[float]] = {}
     for step in done.steps:
@@ -109,5 +83,7 @@ def _lines(done: Conversion, output: Path) -> list[str]:
     ]
     lines = list(table(("module", "how", "relative error"), rows))
     recipe = "" if done.dim is None else f", dim={done.dim} alpha={done.alpha:g} for all modules"
+    if done.base:
+        lines += ["", f"heads: as in {done.base}, which the adapter names as its base"]
     lines += ["", f"{done.source} -> {done.target}{recipe}: {output}"]
     return lines

@@ -8,8 +8,10 @@ import warnings
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
+from bridge.peft.cli.imports import finetune_imports
 from bridge.peft.doctor import doctor
 from bridge.peft.errors import AdapterError
 
@@ -23,7 +25,7 @@ def command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Check an adapter, a model, or the two together: pass, warn or fail, each with the mend.
+    """Check an adapter, a model, or the two together: pass, warn or fail, each with the fix.
 
     Exit code 0 if no check failed, 1 if one did.
 
@@ -35,14 +37,12 @@ def command(
         raise AdapterError(f"no such adapter directory: {adapter}")
     base = None
     if model is not None:
-        # transformers takes seconds to import, so only where a model is asked for
-        import torch
-
-        from bridge.peft.finetune.models import load_config, load_model
+        with finetune_imports():  # seconds, so only where a model is asked for
+            from bridge.peft.finetune.models import load_config, load_model
 
         base = load_model(model, getattr(load_config(model), "dtype", None) or torch.float32)
     with warnings.catch_warnings():
-        # a row of the table says it, with the mend
+        # a row of the table says it, with the fix
         warnings.filterwarnings("ignore", "the base model is not the one that the adapter")
         report = doctor(base, adapter)
     print(json.dumps(report.to_dict(), indent=2) if as_json else report)

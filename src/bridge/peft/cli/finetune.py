@@ -12,8 +12,9 @@ from rich.console import Console
 
 from bridge.peft import LoRA
 from bridge.peft.cli.flags import takes_fields_of
-from bridge.peft.cli.interrupts import quit_on_interrupt
-from bridge.peft.demo import DEMO_LORA, DEMO_TRAINING, base_model_dir
+from bridge.peft.cli.imports import finetune_imports
+from bridge.peft.demo.defaults import DEMO_LORA, DEMO_TRAINING
+from bridge.peft.demo.tasks import base_model_dir
 from bridge.peft.errors import AdapterError
 from bridge.peft.finetune.options import TrainingOptions
 from bridge.peft.finetune.record import (
@@ -36,7 +37,7 @@ def command(
     model: Annotated[str | None, _option("Base model: a directory or a Hub id.")] = None,
     data: Annotated[str | None, _option("JSONL of text, prompt/completion or messages.")] = None,
     eval_data: Annotated[str | None, _option("JSONL to evaluate on.")] = None,
-    output: Annotated[Path | None, _option("Directory for everything the run leaves.")] = None,
+    output: Annotated[Path | None, _option("Directory for everything that the run writes.")] = None,
     resume: Annotated[bool, _option("Continue the run in --output.", "--resume")] = False,
     overwrite: Annotated[bool, _option("Replace the run in --output.", "--overwrite")] = False,
     dry_run: Annotated[
@@ -53,7 +54,7 @@ def command(
     demo = model is None and data is None
     output = output or (_DEMO_OUTPUT if demo else None)
     if output is None:
-        raise AdapterError("no place for the results; pass a directory with --output")
+        raise AdapterError("nowhere to write; pass a directory with --output")
     if resume and overwrite:
         raise AdapterError("--resume keeps a run and --overwrite removes it; pass one of them")
     files = {"model": model, "data": data, "eval_data": eval_data}
@@ -74,14 +75,16 @@ def _run(
     spec: RunSpec, output: Path, console: Console, *, resume: bool, overwrite: bool, dry: bool
 ) -> int:
     # transformers, TRL and matplotlib: seconds to import, so only once the flags make sense
-    with quit_on_interrupt(), console.status("Loading transformers and TRL"):
+    with finetune_imports(), console.status("Loading transformers and TRL"):
         from bridge.peft.finetune import demo, run
 
     if dry:
         run.dry_run(spec, output, console)
         return 0
-    train = demo.train_demo if spec.demo else run.train_and_report
-    return train(spec, output, console, resume=resume, overwrite=overwrite)
+    if spec.demo:
+        return demo.train_demo(spec, output, console, resume=resume, overwrite=overwrite)
+    outcome = run.train(spec, output, console, resume=resume, overwrite=overwrite)
+    return run.finish(spec, outcome, output, console)
 
 
 def _new_spec(
@@ -89,9 +92,9 @@ def _new_spec(
 ) -> RunSpec:
     if demo:
         if "eval_data" in asked:
-            raise AdapterError("--eval-data needs --model and --data; the demo brings its own")
+            raise AdapterError("--eval-data needs --model and --data; the demo has its own")
         lora = {**DEMO_LORA, **lora}
-        options = {**_demo_options(), **options}
+        options = {**DEMO_TRAINING, **options}
         asked = {"model": str(base_model_dir()), "data": ""}
     for name, other in (("model", "data"), ("data", "model")):
         if name not in asked:
@@ -109,18 +112,12 @@ def _new_spec(
     )
 
 
-def _demo_options() -> dict[str, Any]:
-    """The demo's settings under the names of our options."""
-    names = {"warmup_steps": "warmup"}
-    return {names.get(name, name): value for name, value in DEMO_TRAINING.items()}
-
-
 def _spec_to_resume(held: RunSpec | None, output: Path, asked: Mapping[str, Any]) -> RunSpec:
     if held is None:
         raise AdapterError(f"nothing to resume in {output}; leave --resume out to start a run")
     if is_finished(output):
         raise AdapterError(
-            f"nothing to resume: the run in {output} is finished; pass another --output or "
+            f"nothing to resume: the run in {output} is finished; pass another --output, or "
             "--overwrite instead of --resume"
         )
     if not checkpoints(output):
@@ -137,13 +134,11 @@ def _may_overwrite(held: RunSpec | None, output: Path, *, asked: bool, demo: boo
         return False
     if asked or (demo and held.demo):
         return True
+    run, resume = "an unfinished run", "--resume to continue it, "
     if is_finished(output):
-        raise AdapterError(
-            f"{output} holds a finished run; pass another --output, or --overwrite to replace it"
-        )
+        run, resume = "a finished run", ""
     raise AdapterError(
-        f"{output} holds an unfinished run; pass --resume to continue it, --overwrite to replace "
-        "it, or another --output"
+        f"{output} holds {run}; pass {resume}--overwrite to replace it, or another --output"
     )
 
 

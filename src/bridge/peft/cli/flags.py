@@ -21,21 +21,10 @@ from bridge.peft.dtypes import parse_dtype
 from bridge.peft.errors import AdapterError
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Flag:
-    """One flag: the field behind it, how typer reads it, how its words become the field's value."""
-
-    field: dataclasses.Field[Any]
-    annotation: Any
-    parse: Callable[[Any], Any]
-    help: str
-    metavar: str | None = None
-
-
 def takes_fields_of(
     *, skip: Mapping[str, Sequence[str]] | None = None, **groups: type
 ) -> Callable[[Callable], Callable]:
-    """Give a command one flag per field of each dataclass.
+    """Give a command a flag for each field of each dataclass; the class docstring is their help.
 
     Args:
         skip: fields that get no flag, by parameter name.
@@ -44,30 +33,32 @@ def takes_fields_of(
 
     Returns:
         A decorator; its result has the flags in its signature, where typer finds them.
+
+    Raises:
+        TypeError: a field of a type no flag is known for.
     """
+    flags = {
+        name: {
+            field.name: _flag(field, group)
+            for field in dataclasses.fields(group)
+            if field.name not in (skip or {}).get(name, ())
+        }
+        for name, group in groups.items()
+    }
 
     def decorate(command: Callable) -> Callable:
-        flags = {
-            name: flags_of(group, skip=(skip or {}).get(name, ())) for name, group in groups.items()
-        }
-
         def run(**words: Any) -> Any:
             for name, group in flags.items():
-                given = {flag.field.name: words.pop(flag.field.name) for flag in group}
                 words[name] = {
-                    flag.field.name: flag.parse(given[flag.field.name])
-                    for flag in group
-                    if given[flag.field.name] not in (None, [])
+                    field: parse(word)
+                    for field, (_, parse) in group.items()
+                    if (word := words.pop(field)) not in (None, [])
                 }
             return command(**words)
 
         own = inspect.signature(command, eval_str=True).parameters.values()
         parameters = [p for p in own if p.name not in groups]
-        for name, group in flags.items():
-            parameters += [
-                _parameter(flag, panel=groups[name].__name__.removesuffix("Options"))
-                for flag in group
-            ]
+        parameters += [parameter for group in flags.values() for parameter, _ in group.values()]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         run.__doc__, run.__name__ = command.__doc__, command.__name__
@@ -76,75 +67,54 @@ def takes_fields_of(
     return decorate
 
 
-def flags_of(group: type, *, skip: Sequence[str] = ()) -> list[Flag]:
-    """Return the flags of a dataclass's fields.
-
-    A field's help is its metadata's `help`, or what the class docstring says under its name.
-
-    Raises:
-        TypeError: a field of a type no flag is known for.
-    """
-    hints = typing.get_type_hints(group)
-    documented = _documented_fields(group.__doc__ or "")
-    flags = []
-    for field in dataclasses.fields(group):
-        if field.name not in skip:
-            annotation, parse, metavar = _reading(field.name, hints[field.name])
-            text = field.metadata.get("help") or documented.get(field.name, "")
-            flags.append(
-                Flag(
-                    field=field,
-                    annotation=annotation,
-                    parse=parse,
-                    help=_with_default(text, field),
-                    metavar=metavar,
-                )
-            )
-    return flags
+def _flag(
+    field: dataclasses.Field[Any], group: type
+) -> tuple[inspect.Parameter, Callable[[Any], Any]]:
+    """A field as a command's parameter, and how the words given become its value."""
+    annotation, parse, metavar = _reading(field.name, typing.get_type_hints(group)[field.name])
+    dashed = field.name.lower().replace("_", "-")
+    text = _documented_fields(group.__doc__ or "").get(field.name, "").rstrip(".")
+    shown = field.default not in (dataclasses.MISSING, None, False, ())
+    option = typer.Option(
+        f"--{dashed}/--no-{dashed}" if field.default is True else f"--{dashed}",
+        help=f"{text} (default {field.default})." if shown else f"{text}.",
+        metavar=metavar,
+        rich_help_panel=group.__name__.removesuffix("Options"),
+        show_default=False,
+    )
+    kind = inspect.Parameter.KEYWORD_ONLY
+    typed = Annotated[annotation, option]
+    return inspect.Parameter(field.name, kind, default=None, annotation=typed), parse
 
 
 def _reading(name: str, hint: Any) -> tuple[Any, Callable[[Any], Any], str | None]:
     """How typer reads a field of this type, how its words are parsed, and the name of its value."""
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     options = set(typing.get_args(hint) if union else (hint,)) - {type(None)}
-    origins = {typing.get_origin(option) or option for option in options}
-    classes = [origin for origin in origins if isinstance(origin, type)]
-    if bool in classes:
-        return bool | None, bool, None
+    for option in options:
+        if typing.get_origin(option) is typing.Literal:
+            return str | None, str, "|".join(typing.get_args(option))
+    classes = [typing.get_origin(option) or option for option in options]
     if torch.dtype in classes:
         return str | None, parse_dtype, "DTYPE"
-    if any(issubclass(c, Mapping) for c in classes):
+    if Mapping in classes:
         return list[str] | None, _parse_numbers, "PATTERN=NUMBER"
-    if any(issubclass(c, Sequence) and c is not str for c in classes):
+    if Sequence in classes:
         return list[str] | None, _parse_names, "NAME,..."
-    for scalar in (float, int, str):
+    for scalar in (bool, float, int, str):
         if scalar in classes:
             return scalar | None, scalar, None
-    if typing.Literal in origins:
-        return str | None, str, None
     raise TypeError(f"no flag for field {name} of type {hint}")
 
 
 def _documented_fields(docstring: str) -> dict[str, str]:
-    """Return `name: text` entries of a Google-style `Args:` or `Attributes:` section."""
+    """Return `name: text` entries of a Google-style `Attributes:` section."""
     section = re.search(
-        r"^(?:Args|Attributes):\n((?:[ \t]+.*\n?|\n)+)", inspect.cleandoc(docstring), re.MULTILINE
+        r"^Attributes:\n((?:[ \t]+.*\n?|\n)+)", inspect.cleandoc(docstring), re.MULTILINE
     )
     entries = re.split(r"^    (?=\w)", section[1], flags=re.MULTILINE) if section else []
     pairs = (entry.partition(":") for entry in entries if ":" in entry)
-    return {name.split(" ")[0]: " ".join(text.split()) for name, _, text in pairs}
-
-
-def _with_default(text: str, field: dataclasses.Field[Any]) -> str:
-    default = field.default
-    if field.default_factory is not dataclasses.MISSING:
-        default = field.default_factory()
-    text = f"{text[:1].upper()}{text[1:]}".rstrip(".")
-    if choices := field.metadata.get("choices"):
-        text = f"{text}: {', '.join(choices)}"
-    if default is dataclasses.MISSING or default in (None, False, {}, [], ()):
-        return f"{text}."
-    return f"{text} (default {default})."
+    return {name: " ".join(text.replace("`", "").split()) for name, _, text in pairs}
 
 
 def _parse_names(words: Sequence[str]) -> list[str] | str:
@@ -168,19 +138,3 @@ def _parse_numbers(words: Sequence[str]) -> dict[str, int | float]:
         if not pattern:
             raise AdapterError(f"{word!r} is not PATTERN=NUMBER; write for instance q_proj=16")
     return numbers
-
-
-def _parameter(flag: Flag, panel: str) -> inspect.Parameter:
-    name = flag.field.name
-    dashed = name.lower().replace("_", "-")
-    is_on = flag.annotation == (bool | None) and flag.field.default is True
-    names = f"--{dashed}/--no-{dashed}" if is_on else f"--{dashed}"
-    option = typer.Option(
-        names, help=flag.help, metavar=flag.metavar, rich_help_panel=panel, show_default=False
-    )
-    return inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[flag.annotation, option],
-    )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from torch import Tensor
 
+from bridge.peft.dtypes import dtype_name
 from bridge.peft.formats.peft import AdapterFile, read_adapter
+from bridge.peft.low_rank import norm
+from bridge.peft.natural_order import natural_key
 from bridge.peft.text_table import table
 
 
@@ -47,12 +48,12 @@ def describe(adapter: AdapterFile) -> dict[str, Any]:
             "dim": adapter.rank(fqn),
             "alpha": adapter.alpha(fqn),
             "scale": adapter.scale(fqn),
-            "dtype": str(a.dtype).removeprefix("torch."),
+            "dtype": dtype_name(a.dtype),
             "parameters": a.numel() + b.numel(),
-            "update_norm": (norm := update_norm(a, b, adapter.scale(fqn))),
-            "dead": norm == 0.0,
+            "update_norm": (size := abs(adapter.scale(fqn)) * norm(a, b)),
+            "dead": size == 0.0,
         }
-        for fqn, (a, b) in sorted(adapter.tensors.items(), key=lambda item: _natural(item[0]))
+        for fqn, (a, b) in sorted(adapter.tensors.items(), key=lambda item: natural_key(item[0]))
     ]
     targets = adapter.config["target_modules"]
     return {
@@ -66,26 +67,6 @@ def describe(adapter: AdapterFile) -> dict[str, Any]:
         "dead_modules": [module["fqn"] for module in modules if module["dead"]],
         "modules": modules,
     }
-
-
-def update_norm(a: Tensor, b: Tensor, scale: float) -> float:
-    """Return the Frobenius norm of `scale · B A` without forming B A.
-
-    `‖B A‖² = tr(Aᵀ Bᵀ B A) = Σ (Bᵀ B) ∘ (A Aᵀ)`: two matrices of rank × rank, in float64.
-
-    Args:
-        a: (rank, in_features).
-        b: (out_features, rank).
-        scale: factor of the branch.
-    """
-    a, b = a.double(), b.double()
-    squared = float(((b.mT @ b) * (a @ a.mT)).sum())
-    return abs(scale) * math.sqrt(max(squared, 0.0))
-
-
-def _natural(fqn: str) -> list[tuple[int, str]]:
-    """Sort key in which layer 2 comes before layer 10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in fqn.split(".")]
 
 
 def _lines(report: dict[str, Any]) -> list[str]:

@@ -54,7 +54,7 @@ def command(
     """Write W + weight · scale · B A as a model directory that plain transformers loads.
 
     The model is streamed: memory stays below the size of its largest file. After an interruption
-    the same command goes on where the last one stopped.
+    the same command continues where the last one stopped.
 
     Example: bridge-peft merge --model ./llama --adapter runs/demo --output ./merged
     """
@@ -71,7 +71,7 @@ def command(
                 progress=progress,
             )
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        print("interrupted; the same command continues where this one stopped", file=sys.stderr)
         raise typer.Exit(130) from None
     if as_json:
         print(json.dumps({"output": str(output), **report.to_dict()}, indent=2))
@@ -103,7 +103,7 @@ def parse_adapter(word: str) -> tuple[Path, float]:
 
 @contextmanager
 def _progress_bar() -> Iterator[Report]:
-    """What shows the progress on a terminal, once it is clear that it takes a while."""
+    """Yield what shows the progress on a terminal, once a merge takes more than two seconds."""
     console = Console(file=sys.stderr)
     columns = (BarColumn(), DownloadColumn(), Speed(), TimeRemainingColumn())
     bar = Progress("merging", *columns, console=console, transient=True)

@@ -9,6 +9,7 @@ import typer
 
 from bridge.peft import LoRA
 from bridge.peft.cli.flags import takes_fields_of
+from bridge.peft.cli.imports import finetune_imports
 
 
 @takes_fields_of(lora=LoRA, skip={"lora": ["seed"]})
@@ -27,8 +28,8 @@ def command(
     Example: bridge-peft plan --model ./llama --target-modules q_proj,v_proj --dim 16
     """
     recipe = LoRA(**lora)
-    # transformers takes seconds to import, so only once the flags make sense
-    from bridge.peft.finetune.models import load_config, meta_model
+    with finetune_imports():  # seconds, so only once the flags make sense
+        from bridge.peft.finetune.models import load_config, meta_model
 
     plan = recipe.plan(meta_model(load_config(model), model))
     print(json.dumps(plan.to_dict(), indent=2) if as_json else plan)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from bridge.peft.errors import AdapterError
 from bridge.peft.formats.peft import read_adapter, write_adapter
+from bridge.peft.formats.peft.adapter_file import check_new
 from bridge.peft.resize import resize
 
 
@@ -31,9 +30,8 @@ def command(
 
     Example: bridge-peft resize runs/demo --rank 4 --output runs/demo-4
     """
+    check_new(output)
     resized, report = resize(read_adapter(adapter), rank)
-    if os.path.exists(output) and not (output.is_dir() and next(output.iterdir(), None) is None):
-        raise AdapterError(f"{output} is there and not empty; pass a new directory as the output")
     write_adapter(resized, output)
     if as_json:
         print(json.dumps({"output": str(output), **report.to_dict()}, indent=2))

@@ -11,9 +11,8 @@ pre-training, nor of what LoRA learns from.
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from itertools import combinations_with_replacement
 from pathlib import Path
@@ -115,31 +114,6 @@ def word_examples(split: Split, n: int | None = None, seed: int = 0) -> list[Exa
     return _examples(split, n, seed, number_words)
 
 
-def naming_examples() -> list[Example]:
-    """Return every number spelled, for pre-training.
-
-    Returns:
-        199 rows such as `{"prompt": "42=", "completion": "forty-two"}`.
-    """
-    return [
-        {"prompt": f"{number}=", "completion": number_words(number)}
-        for number in range(MAX_NUMBER + 1)
-    ]
-
-
-def difference_examples() -> list[Example]:
-    """Return differences answered in words, of the `train` pairs only, for pre-training.
-
-    Returns:
-        Rows such as `{"prompt": "42-17=", "completion": "twenty-five"}`; none is negative.
-    """
-    return [
-        {"prompt": f"{a}-{b}=", "completion": number_words(a - b)}
-        for a, b in questions("train")
-        if a >= b
-    ]
-
-
 def exact_match(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -176,15 +150,6 @@ def exact_match(
         model.train(was_training)
     right = sum(answer == row["completion"] for answer, row in zip(answers, examples, strict=True))
     return right / len(examples), answers
-
-
-def write_jsonl(examples: Iterable[Example], path: str | Path) -> Path:
-    """Write one JSON object a line, UTF-8, and return the path; parent folders are made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in examples)
-    path.write_text("".join(lines), encoding="utf-8")
-    return path
 
 
 def _examples(split: Split, n: int | None, seed: int, spell: Callable[[int], str]) -> list[Example]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bridge.peft.doctor.report import Check, some
+from bridge.peft.low_rank import used_rank
 
 #: Share of the update's energy (its squared singular values) that a rank must hold.
 ENERGY = 0.99
@@ -24,28 +25,6 @@ def tensor_checks(pairs: Pairs) -> list[Check]:
     if finite.status == "fail":
         return [finite, Check("rank used", "skip", "the values are not finite")]
     return [finite, _trained(pairs), _rank_used(pairs)]
-
-
-def used_rank(a: Tensor, b: Tensor, energy: float = ENERGY) -> int:
-    """The smallest rank that holds `energy` of the squared singular values of `B A`.
-
-    Args:
-        a: A, (dim, in_features).
-        b: B, (out_features, dim).
-        energy: A share in (0, 1].
-
-    Returns:
-        A rank in [0, dim]; 0 for a zero update.
-    """
-    # B = Q R and Aᵀ = P S, so B A has the singular values of the small R Sᵀ
-    r = torch.linalg.qr(b.double(), mode="r").R
-    s = torch.linalg.qr(a.double().T, mode="r").R
-    squares = torch.linalg.svdvals(r @ s.T).square()
-    total = float(squares.sum())
-    if total == 0.0:
-        return 0
-    held = squares.cumsum(0) / total
-    return min(int((held < energy).sum()) + 1, squares.numel())
 
 
 def _finite(pairs: Pairs) -> Check:
@@ -75,7 +54,7 @@ def _trained(pairs: Pairs) -> Check:
 
 def _rank_used(pairs: Pairs) -> Check:
     name = "rank used"
-    ranks = {f: (used_rank(a, b), a.shape[0]) for f, (a, b) in pairs.items()}
+    ranks = {f: (used_rank(a, b, ENERGY), a.shape[0]) for f, (a, b) in pairs.items()}
     moved = [used / dim for used, dim in ranks.values() if used]
     if not moved:
         return Check(name, "skip", "every update is zero")

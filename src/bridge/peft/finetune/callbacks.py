@@ -50,7 +50,7 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Ask for a checkpoint and the end of training once a signal was seen."""
         if self._seen_anywhere(args.device) and state.global_step < state.max_steps:
@@ -67,33 +67,25 @@ class StopOnSignal(TrainerCallback):
             raise KeyboardInterrupt
 
     def _seen_anywhere(self, device: torch.device) -> bool:
-        """All processes must stop at the same step, or the others wait for ever."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return self.received is not None
-        seen = torch.tensor(self.received or 0, device=device)
-        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-        self.received = int(seen) or None
+        """All processes must stop at the same step, or the others wait forever."""
+        if dist.is_available() and dist.is_initialized():
+            seen = torch.tensor(self.received or 0, device=device)
+            dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+            self.received = int(seen) or None
         return self.received is not None
 
 
 class StopOnNan(TrainerCallback):
-    """End a run whose loss is no number any more: every later checkpoint would hold NaN."""
+    """End a run whose loss is not a number any more: every later checkpoint would hold NaN."""
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, *, logs: Any, **_: Any) -> None:
         """Raise.
 
         Raises:
             AdapterError: the training or evaluation loss is NaN or infinite.
         """
         for key, name in (("loss", "loss"), ("eval_loss", "evaluation loss")):
-            value = float((logs or {}).get(key, 0.0))
+            value = float(logs.get(key, 0.0))
             if not math.isfinite(value):
                 raise AdapterError(
                     f"the {name} is {value} at step {state.global_step}; lower --learning-rate or "
@@ -104,84 +96,61 @@ class StopOnNan(TrainerCallback):
 class ShowProgress(TrainerCallback):
     """A bar with loss and time left on a terminal, about ten plain lines elsewhere.
 
-    Attributes:
-        evaluation_seconds: how long this process has evaluated.
+    A context manager: the bar goes away at its end, however training ended.
     """
 
     def __init__(self, console: Console) -> None:
-        self.evaluation_seconds = 0.0
         self._console = console
-        self._bar: Progress | None = None
-        self._task: Any = None
-        self._loss: float | None = None
-        self._started = 0.0
+        columns = (
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(
+            *columns, console=console, transient=True, disable=not console.is_terminal
+        )
+        self._task = self._bar.add_task("", loss="-")
+        self._loss = ""
+        self._started = time.perf_counter()
         self._next_line = 0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def __enter__(self) -> ShowProgress:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.stop()
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Start the bar, and let this process's intervals win over a checkpoint's."""
         state.compute_steps(args, state.max_steps)
-        self._started = time.perf_counter()
         self._next_line = state.global_step
-        if self._console.is_terminal and state.is_world_process_zero:
-            self._bar = Progress(
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]}"),
-                TimeRemainingColumn(),
-                console=self._console,
-                transient=True,
-            )
-            self._task = self._bar.add_task(
-                "", total=state.max_steps, completed=state.global_step, loss="-"
-            )
-            self._bar.start()
+        self._bar.update(self._task, total=state.max_steps, completed=state.global_step)
+        self._bar.start()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, *, logs: Any, **_: Any) -> None:
         """Remember the loss."""
-        self._loss = (logs or {}).get("loss", self._loss)
+        if "loss" in logs:
+            self._loss = f"{logs['loss']:.4f}"
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Move the bar, or print a line now and then."""
-        if self._bar is not None:
-            loss = "-" if self._loss is None else f"{self._loss:.4f}"
-            self._bar.update(self._task, completed=state.global_step, loss=loss)
-        elif args.eval_strategy == "no" and state.global_step >= self._next_line:
+        self._bar.update(self._task, completed=state.global_step, loss=self._loss or "-")
+        due = self._bar.disable and args.eval_strategy == "no"
+        if due and state.global_step >= self._next_line:
             self._next_line = state.global_step + max(1, state.max_steps // _PLAIN_LINES)
-            self._print_line(state, "")
+            self._print_line(state)
 
     def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, *, metrics: Any, **_: Any
     ) -> None:
         """Print the evaluation loss."""
-        if metrics:
-            self.evaluation_seconds += metrics.get("eval_runtime", 0.0)
-            self._print_line(state, f"  evaluation loss {metrics['eval_loss']:.4f}")
+        self._print_line(state, f"  evaluation loss {metrics['eval_loss']:.4f}")
 
-    def _print_line(self, state: TrainerState, more: str) -> None:
+    def _print_line(self, state: TrainerState, more: str = "") -> None:
         seconds = time.perf_counter() - self._started
-        loss = "" if self._loss is None else f"  training loss {self._loss:.4f}"
+        loss = f"  training loss {self._loss}" if self._loss else ""
         self._console.print(
             f"step {state.global_step}/{state.max_steps}  {seconds:.0f} s{loss}{more}"
         )
-
-    def close(self) -> None:
-        """Take the bar away, however training ended."""
-        if self._bar is not None:
-            self._bar.stop()

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import errno
-import shlex
 import shutil
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from bridge.peft.errors import AdapterError
-from bridge.peft.finetune.record import RunSpec, checkpoints
+from bridge.peft.finetune.record import checkpoints, resume_command
 from bridge.peft.plan import Plan
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+# in the words of safetensors, and of torch.save, whose writer fails for hardly another reason
+_FULL_WORDS = ("No space left", "inline_container.cc", "iostream error")
 
 
-def check_disk_space(spec: RunSpec, plan: Plan, output: Path) -> None:
+def check_disk_space(plan: Plan, output: Path, *, keep: int) -> None:
     """Check that the kept checkpoints, one more being written and the final adapter fit.
+
+    Args:
+        plan: of the recipe to train.
+        output: where the run writes; its checkpoints count as written already.
+        keep: checkpoints kept.
 
     Raises:
         AdapterError: they do not.
     """
-    adapter, optimizer = plan.adapter_file_bytes, plan.optimizer_bytes
-    more = max(spec.options.keep_checkpoints + 1 - len(checkpoints(output)), 1)
-    needed = more * (adapter + optimizer) + adapter
+    more = max(keep + 1 - len(checkpoints(output)), 1)
+    needed = more * (plan.adapter_file_bytes + plan.optimizer_bytes) + plan.adapter_file_bytes
     existing = next(path for path in (output, *output.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -44,39 +48,22 @@ def disk_full_told(output: Path) -> Iterator[None]:
     Raises:
         AdapterError: the disk is full.
     """
-    hook = threading.excepthook
-
-    def hook_unless_full(args: threading.ExceptHookArgs) -> None:
-        # TensorBoard's writer thread dies of it with a traceback; the run itself tells it better
-        if args.exc_value is None or not is_disk_full(args.exc_value, output):
-            hook(args)
-
-    threading.excepthook = hook_unless_full
     try:
         yield
     except Exception as error:
-        if not is_disk_full(error, output):
+        if not is_disk_full(error):
             raise
-        raise AdapterError(_what_was_kept(output)) from error
-    finally:
-        threading.excepthook = hook
+        again = "start again with --overwrite"
+        if kept := checkpoints(output):
+            again = f"continue from {kept[-1].name}: {resume_command(output)}"
+        raise AdapterError(f"no space left on the disk; free some and {again}") from error
 
 
-def is_disk_full(error: BaseException, where: Path) -> bool:
+def is_disk_full(error: BaseException | None) -> bool:
     """Tell a full disk, which torch and `save_adapter` report as errors of their own."""
-    if any(getattr(e, "errno", None) in _FULL for e in (error, error.__cause__)):
-        return True
-    text = str(error)
-    return "No space left" in text or (
-        "PytorchStreamWriter" in text and shutil.disk_usage(where).free < 2**20
-    )
-
-
-def _what_was_kept(output: Path) -> str:
-    kept = checkpoints(output)
-    if not kept:
-        return "no space left on the disk; free some and start again with --overwrite"
-    return (
-        f"no space left on the disk; free some and continue from {kept[-1].name}: "
-        f"bridge-peft finetune --resume --output {shlex.quote(str(output))}"
-    )
+    while error is not None:
+        full = getattr(error, "errno", None) in _FULL
+        if full or any(words in str(error) for words in _FULL_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -6,8 +6,10 @@ import hashlib
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +22,12 @@ from bridge.peft.errors import AdapterError
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# What these loggers say while being imported is about optional kernels that nothing here uses.
-_IMPORT_CHATTER = ("torchao", "torch.utils._pytree", "bitsandbytes")
-
 
 @contextmanager
-def quiet_imports() -> Iterator[None]:
-    """Hold back what optional kernel packages log while transformers imports them."""
-    levels = {name: logging.getLogger(name).level for name in _IMPORT_CHATTER}
-    for name in levels:
+def quiet(*names: str) -> Iterator[None]:
+    """Inside, these loggers say nothing below an error."""
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         yield
@@ -36,6 +35,9 @@ def quiet_imports() -> Iterator[None]:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
 
+
+# what these say while transformers is imported is about optional kernels that nothing here uses
+quiet_imports = partial(quiet, "torchao", "torch.utils._pytree", "bitsandbytes")
 
 with quiet_imports():
     import transformers
@@ -54,37 +56,41 @@ def load_config(name: str) -> PreTrainedConfig:
     Raises:
         AdapterError: there is no such model, or it is not a causal language model.
     """
-    if not name.strip():
-        raise AdapterError("--model is empty; pass a directory written by save_pretrained")
     path = Path(name)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise AdapterError(
-            f"{name} holds no config.json; pass a directory written by save_pretrained"
-        )
-    if not path.exists() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
-        raise AdapterError(
-            f"no model directory {name}; pass one written by save_pretrained, or a Hub id"
-        )
+    written = "written by save_pretrained"
+    if not name.strip():
+        raise AdapterError(f"--model is empty; pass a directory {written}, or a Hub id")
     if path.is_file():
         raise AdapterError(f"{name} is a file; pass the model's directory or a Hub id")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise AdapterError(f"{name} holds no config.json; pass a directory {written}")
+    if not path.exists() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
+        raise AdapterError(f"no model directory {name}; pass one {written}, or a Hub id")
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise AdapterError(
             f"no model at {name}: neither a local directory nor found on the Hub "
-            f"({_first_line(error)}); pass a directory written by save_pretrained or a Hub id"
+            f"({_first_line(error)}); pass a directory {written}, or a Hub id"
         ) from error
 
 
-def meta_model(config: PreTrainedConfig, name: str) -> PreTrainedModel:
+def meta_model(
+    config: PreTrainedConfig, name: str, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
     """Build the model on meta: every module and shape, no weight.
+
+    Args:
+        config: as `load_config` gives it.
+        name: of the model; only for the message.
+        dtype: of the parameters; None takes the configuration's own.
 
     Raises:
         AdapterError: transformers knows no causal language model for this configuration.
     """
     with torch.device("meta"):
         try:
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)
         except ValueError as error:
             raise AdapterError(
                 f"{name} is a {config.model_type} model, not a causal language model; "
@@ -98,16 +104,17 @@ def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         AdapterError: the weights are missing, damaged or do not fit the configuration.
     """
-    with _quiet_loading():
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, output_loading_info=True
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise AdapterError(
-                f"cannot load the weights of {name} ({_first_line(error)}); "
-                "pass a directory written by save_pretrained"
-            ) from error
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise AdapterError(
+            f"cannot load the weights of {name} ({_first_line(error)}); "
+            "pass a directory written by save_pretrained"
+        ) from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise AdapterError(
@@ -148,21 +155,8 @@ def model_digest(model: PreTrainedModel) -> str:
 
 def length_limit(config: PreTrainedConfig) -> int | None:
     """Return how many positions the model knows, if its configuration says so."""
-    text: Any = config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """No progress bar for loading weights; restored afterwards."""
-    enabled = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            transformers.utils.logging.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:

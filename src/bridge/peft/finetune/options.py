@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from bridge.peft.errors import AdapterError
@@ -15,91 +15,81 @@ Schedule = Literal["cosine", "linear", "constant"]
 BaseDtype = Literal["float32", "bfloat16", "float16"]
 OnLong = Literal["error", "drop", "truncate"]
 
-
-def _about(text: str, *, choices: Any = None, steers: bool = True) -> dict[str, Any]:
-    """A field's metadata; `steers` says whether a resumed run must keep its value."""
-    return {"help": text, "choices": get_args(choices), "steers": steers}
+#: Options that a resumed run may change: they do not decide what is learned.
+FREE_ON_RESUME = frozenset({"save_every", "log_every", "keep_checkpoints"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """How to train; checked once, on construction. Each field's metadata holds its help.
+    """How to train; checked once, on construction.
+
+    Attributes:
+        learning_rate: Peak learning rate of AdamW.
+        schedule: Learning rate after the warm-up.
+        warmup: Steps in which the learning rate rises from 0; below 1, a share of all steps.
+        weight_decay: Decoupled weight decay.
+        max_grad_norm: Gradients are clipped to this norm; 0 clips nothing.
+        epochs: Passes over the data.
+        steps: Optimizer steps, instead of --epochs.
+        batch_size: Samples per batch on each device.
+        gradient_accumulation: Batches summed into one optimizer step.
+        max_length: Most tokens in a sample; default 1024, or the model's limit where lower.
+        on_long: What to do with longer samples.
+        dtype: Dtype of the base weights; default float32 on CPU and bfloat16 on CUDA.
+        seed: Seed of the adapter's start, the order of the data and dropout.
+        gradient_checkpointing: Recompute activations in backward: less memory, about a fifth
+            slower.
+        eval_share: Share of the data held out where there is no --eval-data.
+        eval_every: Steps between evaluations; default a tenth of the run.
+        save_every: Steps between checkpoints; default a tenth of the run.
+        log_every: Steps between logged losses; default a 200th of the run.
+        keep_checkpoints: How many of the newest checkpoints are kept.
 
     Raises:
-        AdapterError: a value out of range; the message names the flag.
+        AdapterError: A value out of range; the message names the flag.
     """
 
-    learning_rate: float = field(default=2e-4, metadata=_about("Peak learning rate of AdamW."))
-    schedule: Schedule = field(
-        default="cosine", metadata=_about("Learning rate after the warm-up", choices=Schedule)
-    )
-    warmup: float = field(
-        default=0.03,
-        metadata=_about("Steps in which the learning rate rises from 0; below 1, a share of all."),
-    )
-    weight_decay: float = field(default=0.0, metadata=_about("Decoupled weight decay."))
-    max_grad_norm: float = field(
-        default=1.0, metadata=_about("Gradients are clipped to this norm; 0 clips nothing.")
-    )
-    epochs: float = field(default=3.0, metadata=_about("Passes over the data."))
-    steps: int | None = field(default=None, metadata=_about("Optimizer steps instead of --epochs."))
-    batch_size: int = field(default=8, metadata=_about("Samples per batch on each device."))
-    gradient_accumulation: int = field(
-        default=1, metadata=_about("Batches summed into one optimizer step.")
-    )
-    max_length: int | None = field(
-        default=None,
-        metadata=_about("Most tokens in a sample; default 1024, or the model's limit where lower."),
-    )
-    on_long: OnLong = field(
-        default="error", metadata=_about("What to do with longer samples", choices=OnLong)
-    )
-    dtype: BaseDtype | None = field(
-        default=None,
-        metadata=_about(
-            "Dtype of the base weights, default float32 on CPU and bfloat16 on CUDA",
-            choices=BaseDtype,
-        ),
-    )
-    seed: int = field(
-        default=0, metadata=_about("Of the adapter's start, the order of the data and dropout.")
-    )
-    gradient_checkpointing: bool = field(
-        default=False,
-        metadata=_about("Recompute activations in backward: less memory, about a fifth slower."),
-    )
-    eval_share: float = field(
-        default=0.05, metadata=_about("Share of the data held out where there is no --eval-data.")
-    )
-    eval_every: int | None = field(
-        default=None, metadata=_about("Steps between evaluations; default a tenth of the run.")
-    )
-    save_every: int | None = field(
-        default=None,
-        metadata=_about("Steps between checkpoints; default a tenth of the run.", steers=False),
-    )
-    log_every: int | None = field(
-        default=None,
-        metadata=_about("Steps between logged losses; default a 200th of the run.", steers=False),
-    )
-    keep_checkpoints: int = field(
-        default=2, metadata=_about("How many of the newest checkpoints are kept.", steers=False)
-    )
+    learning_rate: float = 2e-4
+    schedule: Schedule = "cosine"
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    epochs: float = 3.0
+    steps: int | None = None
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    max_length: int | None = None
+    on_long: OnLong = "error"
+    dtype: BaseDtype | None = None
+    seed: int = 0
+    gradient_checkpointing: bool = False
+    eval_share: float = 0.05
+    eval_every: int | None = None
+    save_every: int | None = None
+    log_every: int | None = None
+    keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
         """Check every value against its range."""
-        _positive(self, "learning_rate", "epochs")
-        _not_negative(self, "warmup", "weight_decay", "max_grad_norm", "seed")
-        _at_least_one(self, "batch_size", "gradient_accumulation", "keep_checkpoints")
-        _at_least_one(self, "steps", "eval_every", "save_every", "log_every")
-        if self.max_length is not None and self.max_length < 2:
-            raise AdapterError(f"--max-length is {self.max_length}; pass at least 2 tokens")
-        if self.seed > MAX_SEED:
-            raise AdapterError(f"--seed is {self.seed}; pass {MAX_SEED} or less")
-        if not 0 <= self.eval_share < 1:
-            raise AdapterError(f"--eval-share is {self.eval_share}; pass 0 or more, below 1")
-        for name in ("schedule", "on_long", "dtype"):
-            _one_of(self, name)
+        for name in ("learning_rate", "epochs"):
+            self._check(name, lambda x: math.isfinite(x) and x > 0, "a number above 0")
+        for name in ("warmup", "weight_decay", "max_grad_norm", "seed"):
+            self._check(name, lambda x: math.isfinite(x) and x >= 0, "0 or more")
+        for name in ("batch_size", "gradient_accumulation", "keep_checkpoints", "steps"):
+            self._check(name, lambda x: x >= 1, "1 or more")
+        for name in ("eval_every", "save_every", "log_every"):
+            self._check(name, lambda x: x >= 1, "1 or more")
+        self._check("max_length", lambda x: x >= 2, "at least 2 tokens")
+        self._check("seed", lambda x: x <= MAX_SEED, f"{MAX_SEED} or less")
+        self._check("eval_share", lambda x: 0 <= x < 1, "0 or more, below 1")
+        for name, choices in (("schedule", Schedule), ("on_long", OnLong), ("dtype", BaseDtype)):
+            known = get_args(choices)
+            self._check(name, known.__contains__, f"one of {', '.join(known)}")
+
+    def _check(self, name: str, fits: Callable[[Any], bool], wanted: str) -> None:
+        value = getattr(self, name)
+        if value is not None and not fits(value):
+            raise AdapterError(f"{flag(name)} is {value!r}; pass {wanted}")
 
 
 def flag(name: str) -> str:
@@ -107,42 +97,15 @@ def flag(name: str) -> str:
     return "--" + name.lower().replace("_", "-")
 
 
-def total_steps(options: TrainingOptions, samples: int, *, processes: int) -> int:
-    """Count the optimizer steps of a run; each process takes whole batches of its own."""
+def total_steps(options: TrainingOptions, samples: int, *, devices: int) -> int:
+    """Count the optimizer steps of a run; the trainer is told this number and counts none itself.
+
+    Args:
+        options: How to train.
+        samples: To train on.
+        devices: How many train side by side, each on batches of its own.
+    """
     if options.steps is not None:
         return options.steps
-    batches = math.ceil(math.ceil(samples / options.batch_size) / processes)
+    batches = math.ceil(samples / (options.batch_size * devices))
     return math.ceil(options.epochs * math.ceil(batches / options.gradient_accumulation))
-
-
-def steering_fields() -> list[str]:
-    """Return the options that decide what is learned: a resumed run must keep them."""
-    return [f.name for f in dataclasses.fields(TrainingOptions) if f.metadata["steers"]]
-
-
-def _positive(options: TrainingOptions, *names: str) -> None:
-    for name in names:
-        value = getattr(options, name)
-        if not (math.isfinite(value) and value > 0):
-            raise AdapterError(f"{flag(name)} is {value}; pass a number above 0")
-
-
-def _not_negative(options: TrainingOptions, *names: str) -> None:
-    for name in names:
-        value = getattr(options, name)
-        if not (math.isfinite(value) and value >= 0):
-            raise AdapterError(f"{flag(name)} is {value}; pass 0 or more")
-
-
-def _at_least_one(options: TrainingOptions, *names: str) -> None:
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise AdapterError(f"{flag(name)} is {value}; pass 1 or more")
-
-
-def _one_of(options: TrainingOptions, name: str) -> None:
-    value = getattr(options, name)
-    choices = next(f for f in dataclasses.fields(options) if f.name == name).metadata["choices"]
-    if value is not None and value not in choices:
-        raise AdapterError(f"{flag(name)} is {value!r}; pass one of {', '.join(choices)}")

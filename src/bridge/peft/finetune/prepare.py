@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bridge.peft.demo import DEMO_EXAMPLES, word_examples
+from bridge.peft.demo.defaults import DEMO_EXAMPLES
+from bridge.peft.demo.tasks import word_examples
+from bridge.peft.dtypes import dtype_name
 from bridge.peft.errors import AdapterError
 from bridge.peft.finetune.data import (
     Row,
@@ -47,18 +49,24 @@ class Prepared:
     """A checked run, ready to load weights.
 
     Attributes:
+        spec: the run, with the dtype of A and B that will be trained.
+        dtype: of the base weights.
         tokenizer: of the model.
         train: samples to learn.
         evaluation: samples to evaluate on; may be empty.
         plan: what will be adapted.
+        steps: optimizer steps of the run.
         digests: of the data, by name.
         notes: lines that tell what was decided for the user.
     """
 
+    spec: RunSpec
+    dtype: torch.dtype
     tokenizer: Tokenizer
     train: list[Sample]
     evaluation: list[Sample]
     plan: Plan
+    steps: int
     digests: dict[str, str]
     notes: list[str]
 
@@ -67,7 +75,7 @@ def prepare(spec: RunSpec) -> Prepared:
     """Read and check the data, the model's configuration and the recipe; writes nothing.
 
     Raises:
-        AdapterError: any of the things a user can mend.
+        AdapterError: any of the things a user can fix.
     """
     train_rows, eval_rows = _rows(spec)
     shape = shape_of(train_rows)
@@ -75,41 +83,42 @@ def prepare(spec: RunSpec) -> Prepared:
         raise AdapterError(
             f"the data has {shape} columns but the evaluation data has {other}; give both the same"
         )
+    options, dtype = spec.options, base_dtype(spec.options)
     config = load_config(spec.model)
+    spec, note = _settle_lora_dtype(spec, config, dtype)
+    notes = [note]
     # the plan knows every target, so a mistaken one is told before any weight is loaded
-    plan = spec.lora.plan(meta_model(config, spec.model))
+    plan = spec.lora.plan(meta_model(config, spec.model, dtype))
     tokenizer = load_tokenizer(spec.model)
-    notes = []
     template, note = _chat_template(tokenizer, shape, spec.model)
-    notes += [note] if note else []
-    limit = _max_length(spec.options, config)
+    notes.append(note)
+    limit = _max_length(options, config)
     splits: list[list[Sample]] = []
     for rows in (train_rows, eval_rows):
         samples = tokenize(rows, shape, tokenizer, template)
         _check_vocabulary(samples, config, spec.model)
         if samples:
-            samples, note = fit_length(
-                samples, limit, spec.options.on_long, limit=length_limit(config)
-            )
-            notes += [note] if note else []
+            samples, note = fit_length(samples, limit, options.on_long, limit=length_limit(config))
+            notes.append(note)
         splits.append(samples)
     train, evaluation = splits
     if not evaluation:
-        train, evaluation, note = _hold_out(train, spec.options)
+        train, evaluation, note = _hold_out(train, options)
         notes.append(note)
-    _check_warmup(spec.options, len(train))
     if tokenizer.eos_token_id is None:
         notes.append("the tokenizer has no end-of-sequence token: samples are not closed by one")
-    digests = {"data": data_digest(train_rows)}
-    if eval_rows:
-        digests["evaluation data"] = data_digest(eval_rows)
+    rows_by_name = {"data": train_rows, "evaluation data": eval_rows}
+    digests = {name: data_digest(rows) for name, rows in rows_by_name.items() if rows}
     return Prepared(
+        spec=spec,
+        dtype=dtype,
         tokenizer=tokenizer,
         train=train,
         evaluation=evaluation,
         plan=plan,
+        steps=_steps(options, len(train)),
         digests=digests,
-        notes=notes,
+        notes=[note for note in notes if note],
     )
 
 
@@ -127,13 +136,31 @@ def base_dtype(options: TrainingOptions) -> torch.dtype:
     return getattr(torch, options.dtype)
 
 
-def _check_warmup(options: TrainingOptions, samples: int) -> None:
-    steps = total_steps(options, samples, processes=int(os.environ.get("WORLD_SIZE", "1")))
+def _settle_lora_dtype(
+    spec: RunSpec, config: PreTrainedConfig, dtype: torch.dtype
+) -> tuple[RunSpec, str | None]:
+    """Train A and B in float32 over a half-precision or quantised base, unless told otherwise."""
+    quantised = getattr(config, "quantization_config", None) is not None
+    if spec.lora.lora_dtype is not None or (dtype == torch.float32 and not quantised):
+        return spec, None
+    # a step of a bfloat16 weight below its 8 bits of precision would not be a step at all
+    base = "quantised" if quantised else dtype_name(dtype)
+    note = f"adapter weights in float32 over a {base} base (--lora-dtype)"
+    return replace(spec, lora=replace(spec.lora, lora_dtype=torch.float32)), note
+
+
+def _steps(options: TrainingOptions, samples: int) -> int:
+    """Count the run's steps and check that the warm-up is over before they are."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    # without torchrun, transformers trains on every GPU that it sees
+    devices = processes if processes > 1 else max(torch.cuda.device_count(), 1)
+    steps = total_steps(options, samples, devices=devices)
     if options.warmup >= steps:
         raise AdapterError(
             f"--warmup is {options.warmup:g} steps and the run has {steps}, so it would never "
             "reach its learning rate; pass fewer, or a share of the run below 1"
         )
+    return steps
 
 
 def _rows(spec: RunSpec) -> tuple[list[Row], list[Row]]:

@@ -10,18 +10,17 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bridge.peft import LoRA
-from bridge.peft.dtypes import parse_dtype
+from bridge.peft.dtypes import dtype_name, parse_dtype
 from bridge.peft.errors import AdapterError
-from bridge.peft.finetune.options import TrainingOptions, flag, steering_fields
+from bridge.peft.finetune.options import FREE_ON_RESUME, TrainingOptions, flag
 
 RECORD = "run.json"
 PARTIAL = ".partial"
@@ -57,10 +56,8 @@ class RunSpec:
     def to_json(self) -> dict[str, Any]:
         """Return the record as JSON values."""
         record = dataclasses.asdict(self)
-        record["lora"] = {
-            name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
-            for name, value in record["lora"].items()
-        }
+        if (dtype := self.lora.lora_dtype) is not None:
+            record["lora"]["lora_dtype"] = dtype_name(dtype)
         return record
 
     @classmethod
@@ -91,18 +88,18 @@ def existing_run(output: Path) -> RunSpec | None:
     path = output / RECORD
     if not path.is_file():
         raise AdapterError(
-            f"{output} holds files that are no run of bridge-peft; pass another --output"
+            f"{output} holds files that are not a run of bridge-peft; pass another --output"
         )
     try:
         return RunSpec.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, KeyError) as error:
         raise AdapterError(
-            f"cannot read {path} ({error}); pass another --output, or --overwrite to start anew"
+            f"cannot read {path} ({error}); pass another --output, or remove {output}"
         ) from error
 
 
 def write_record(output: Path, spec: RunSpec) -> None:
-    """Write `run.json`, whole or not at all."""
+    """Write `run.json`, in one step."""
     output.mkdir(parents=True, exist_ok=True)
     write_atomically(output / RECORD, json.dumps(spec.to_json(), indent=2) + "\n")
 
@@ -136,17 +133,18 @@ def checkpoint_to_resume(output: Path, processes: int) -> Path:
         AdapterError: somebody removed one of its files.
     """
     *older, newest = checkpoints(output)
+    states = [f"rng_state_{i}.pth" for i in range(processes)] if processes > 1 else []
     names = ["adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt"]
-    names += ["trainer_state.json"]
-    names += (
-        [f"rng_state_{i}.pth" for i in range(processes)] if processes > 1 else ["rng_state.pth"]
-    )
+    names += ["trainer_state.json", *(states or ["rng_state.pth"])]
     if missing := [name for name in names if not (newest / name).is_file()]:
-        instead = (
-            f"to resume from {older[-1].name}" if older else "and start again with --overwrite"
-        )
-        raise AdapterError(f"{newest} lacks {missing[0]}; remove it {instead}")
+        then = f"to resume from {older[-1].name}" if older else "and start again with --overwrite"
+        raise AdapterError(f"{newest} lacks {missing[0]}; remove it {then}")
     return newest
+
+
+def resume_command(output: Path) -> str:
+    """Return the words that continue the run in `output`."""
+    return f"bridge-peft finetune --resume --output {shlex.quote(str(output))}"
 
 
 def clear_run(output: Path) -> None:
@@ -171,24 +169,22 @@ def continue_spec(recorded: RunSpec, asked: Mapping[str, Any]) -> RunSpec:
     Raises:
         AdapterError: a given value differs from the run's own.
     """
-    steering = steering_fields()
-    parts: dict[str, Any] = {"lora": recorded.lora, "options": recorded.options}
+    options = recorded.options
     for name, value in asked.items():
-        part = next((key for key, old in parts.items() if hasattr(old, name)), None)
-        if part is None:
-            own, given = getattr(recorded, name), value
-        else:
-            changed = dataclasses.replace(parts[part], **{name: value})
-            own, given = getattr(parts[part], name), getattr(changed, name)
-            if part == "options" and name not in steering:
-                parts[part] = changed
-                continue
+        if name in FREE_ON_RESUME:
+            options = dataclasses.replace(options, **{name: value})
+            continue
+        parts = (recorded.lora, recorded.options)
+        part = next((part for part in parts if hasattr(part, name)), recorded)
+        own = getattr(part, name)
+        # as the part itself would hold it: a name alone is a tuple of one
+        given = getattr(dataclasses.replace(part, **{name: value}), name)
         if given != own:
             raise AdapterError(
                 f"{flag(name)} is {given} but the run to resume has {own}; leave the flag out, "
                 "or start another run with another --output"
             )
-    return dataclasses.replace(recorded, options=parts["options"])
+    return dataclasses.replace(recorded, options=options)
 
 
 def check_same_run(recorded: RunSpec, now: RunSpec, output: Path) -> None:
@@ -197,8 +193,8 @@ def check_same_run(recorded: RunSpec, now: RunSpec, output: Path) -> None:
     Raises:
         AdapterError: one of them is not.
     """
-    for what in recorded.digests:
-        if recorded.digests[what] != now.digests.get(what):
+    for what, digest in recorded.digests.items():
+        if now.digests.get(what) != digest:
             raise AdapterError(
                 f"the {what} is not the one that the run in {output} began with; bring it back, "
                 "or start another run with another --output"

@@ -3,23 +3,92 @@
 from __future__ import annotations
 
 import json
+import platform
+import resource
 import shlex
+import sys
+from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from bridge.peft.finetune.metrics import loss_points
+from bridge.peft.dtypes import dtype_name
+from bridge.peft.finetune.prepare import Prepared
 from bridge.peft.finetune.record import write_atomically
+from bridge.peft.finetune.trainer import AdapterTrainer
+from bridge.peft.version import __version__
 
+_PACKAGES = ("torch", "transformers", "trl", "accelerate", "safetensors")
 _SMOOTHED_POINTS = 20
 
 
+def run_metrics(
+    trainer: AdapterTrainer, prepared: Prepared, output: Path, *, seconds: float
+) -> dict[str, Any]:
+    """Return losses, speed and sizes; a resumed run's speed is that of the steps since.
+
+    Args:
+        trainer: after training.
+        prepared: the data and the plan.
+        output: where the adapter lies.
+        seconds: this process trained and evaluated for; the speed leaves evaluation out.
+    """
+    state, before = trainer.state, trainer.before
+    _, losses = loss_points(state.log_history, "loss")
+    _, evaluations = loss_points(state.log_history, "eval_loss")
+    since = state.log_history[len(before.log_history) :]
+    evaluation_seconds = sum(row.get("eval_runtime", 0.0) for row in since)
+    tokens = int(state.num_input_tokens_seen - before.num_input_tokens_seen)
+    plan = prepared.plan
+    return {
+        "eval_loss_before": evaluations[0] if evaluations else None,
+        "eval_loss_after": evaluations[-1] if evaluations else None,
+        "train_loss": losses[-1],
+        "steps": state.global_step,
+        "resumed_from_step": before.global_step,
+        "seconds": seconds,
+        "tokens": tokens,
+        "tokens_per_second": tokens / max(seconds - evaluation_seconds, 1e-9),
+        "train_samples": len(prepared.train),
+        "eval_samples": len(prepared.evaluation),
+        "trainable_parameters": plan.trainable,
+        "model_parameters": plan.base_parameters + plan.trainable,
+        "adapter_bytes": (output / "adapter_model.safetensors").stat().st_size,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "dtype": dtype_name(prepared.dtype),
+        "device": str(trainer.args.device),
+        "processes": trainer.args.world_size,
+        "seed": trainer.args.seed,
+        "versions": {
+            "python": platform.python_version(),
+            "bridge-peft": __version__,
+            **{package: version(package) for package in _PACKAGES},
+        },
+    }
+
+
+def loss_points(history: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Return steps and values of one quantity in a trainer's log history."""
+    points = [(row["step"], row[key]) for row in history if key in row]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory this process held: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def write_metrics(output: Path, metrics: dict[str, Any]) -> None:
-    """Write `metrics.json`, whole or not at all: it marks the run as finished."""
+    """Write `metrics.json`, in one step: it marks the run as finished."""
     write_atomically(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
 
 
@@ -29,7 +98,7 @@ def plot_loss(history: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    smooth = _smoothed(losses)
+    smooth = smoothed(losses)
     axes.plot(steps, losses, color="C0", alpha=0.3 if smooth else 1.0, label="training")
     if smooth:
         axes.plot(steps, smooth, color="C0", label="training, smoothed")
@@ -49,21 +118,17 @@ def print_summary(console: Console, output: Path, metrics: dict[str, Any], model
     """Print the figures of a finished run and what to do next."""
     table = Table(title=f"Adapter in {output}", title_justify="left", show_header=False)
     table.add_column(style="bold")
-    table.add_column()
     for name, value in _summary_rows(metrics):
         table.add_row(name, value)
     console.print(table)
-    console.print("What next:", style="bold")
     here, base = shlex.quote(str(output)), shlex.quote(model)
+    console.print("What next:", style="bold")
     console.print(f"  bridge-peft inspect {here}")
     console.print(f"  bridge-peft merge --model {base} --adapter {here} --output {here}-merged")
     console.print(f"  tensorboard --logdir {here}/logs")
     console.print("In Python, with PEFT:", style="bold")
-    for line in (
-        f'  base = transformers.AutoModelForCausalLM.from_pretrained("{model}")',
-        f'  model = peft.PeftModel.from_pretrained(base, "{output}")',
-    ):
-        console.print(line)
+    console.print(f'  base = transformers.AutoModelForCausalLM.from_pretrained("{model}")')
+    console.print(f'  model = peft.PeftModel.from_pretrained(base, "{output}")')
 
 
 def _summary_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
@@ -84,14 +149,11 @@ def _summary_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _smoothed(values: list[float]) -> list[float]:
+def smoothed(values: list[float]) -> list[float]:
     """Mean over a window around each point, narrower at the ends; empty for a short curve."""
     if len(values) < _SMOOTHED_POINTS:
         return []
     half, last = len(values) // _SMOOTHED_POINTS, len(values) - 1
-    smooth = []
-    for i in range(len(values)):
-        reach = min(half, i, last - i)  # as far on both sides, so that a slope is not shifted
-        window = values[i - reach : i + reach + 1]
-        smooth.append(sum(window) / len(window))
-    return smooth
+    # as far on both sides, so that a slope is not shifted
+    reaches = [min(half, i, last - i) for i in range(len(values))]
+    return [fmean(values[i - reach : i + reach + 1]) for i, reach in enumerate(reaches)]

@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import logging
-import shlex
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
-import torch
 from accelerate import PartialState
 from rich.console import Console
 
 from bridge.peft import save_adapter
 from bridge.peft.finetune.callbacks import ShowProgress, StopOnNan, StopOnSignal
 from bridge.peft.finetune.disk import check_disk_space, disk_full_told
-from bridge.peft.finetune.metrics import sizes, training_figures
-from bridge.peft.finetune.models import load_model, model_digest, quiet_imports
-from bridge.peft.finetune.prepare import Prepared, base_dtype, prepare
+from bridge.peft.finetune.models import load_model, model_digest, quiet, quiet_imports
+from bridge.peft.finetune.prepare import Prepared, prepare
 from bridge.peft.finetune.record import (
     RunSpec,
     check_same_run,
     checkpoint_to_resume,
     checkpoints,
     clear_run,
+    resume_command,
     write_record,
 )
-from bridge.peft.finetune.report import (
-    plot_loss,
-    print_summary,
-    write_metrics,
-)
+from bridge.peft.finetune.report import plot_loss, print_summary, run_metrics, write_metrics
 from bridge.peft.finetune.samples import Sample
 from bridge.peft.finetune.trainer import (
     AdapterTrainer,
@@ -51,11 +41,6 @@ with quiet_imports():
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_EXPECTED = (
-    "The tokenizer has new PAD/BOS/EOS tokens",  # generation follows the tokenizer
-    "Warning: The following arguments do not match",  # intervals may change on resuming
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
@@ -63,25 +48,20 @@ class Outcome:
 
     Attributes:
         model: the adapted model, on the device it trained on.
-        prepared: the data and the plan.
         metrics: what `metrics.json` will say; None where a signal stopped the run.
         signal: the number of that signal, or None.
     """
 
     model: PreTrainedModel
-    prepared: Prepared
     metrics: dict[str, Any] | None
-    signal: int | None
+    signal: int | None = None
 
 
 def dry_run(spec: RunSpec, output: Path, console: Console) -> None:
     """Check everything that can be checked without weights and print the plan; writes nothing."""
-    prepared = prepare(spec)
-    base_dtype(spec.options)
-    check_disk_space(spec, prepared.plan, output)
-    console.print(str(prepared.plan))
-    for note in prepared.notes:
-        console.print(note)
+    prepared = _prepare(spec, output)
+    for line in (str(prepared.plan), *prepared.notes):
+        console.print(line)
     console.print(
         f"Would train on {len(prepared.train)} samples and evaluate on "
         f"{len(prepared.evaluation)}; nothing was written."
@@ -101,83 +81,53 @@ def train(
         overwrite: remove the run that `output` holds, once all checks have passed.
 
     Raises:
-        AdapterError: anything the user can mend; nothing was written then.
+        AdapterError: anything the user can fix; nothing was written then.
     """
-    prepared = prepare(spec)
-    dtype = base_dtype(spec.options)
-    check_disk_space(spec, prepared.plan, output)
+    prepared = _prepare(spec, output)
     for note in prepared.notes:
         console.print(note)
-    model = load_model(spec.model, dtype)
+    model = load_model(spec.model, prepared.dtype)
     keep_packed_weights_trainable(model)
-    config = trainer_config(
-        spec.options,
-        output,
-        dtype=dtype,
-        samples=len(prepared.train),
-        evaluate=bool(prepared.evaluation),
-        resumed=resume,
-    )
+    config = trainer_config(prepared, output, resumed=resume)
     digests = {"base model": model_digest(model), **prepared.digests}
-    started = replace(spec, digests=digests, world_size=config.world_size)
+    started = replace(prepared.spec, digests=digests, world_size=config.world_size)
     start = None
     if resume:
         check_same_run(spec, started, output)
         start = checkpoint_to_resume(output, config.world_size)
-    _adapt(model, spec, dtype, console)
+    started.lora(model)
     if not resume:
         _begin_record(started, output, overwrite=overwrite)
-    trainer = _build_trainer(model, config, prepared, spec)
+    trainer = _build_trainer(model, config, prepared)
     with disk_full_told(output):
         return _run(trainer, prepared, output, console, start)
 
 
-def train_and_report(
-    spec: RunSpec, output: Path, console: Console, *, resume: bool, overwrite: bool
-) -> int:
-    """Train and leave metrics, the curve and a summary; see `train` for arguments and errors.
+def finish(spec: RunSpec, outcome: Outcome, output: Path, console: Console) -> int:
+    """Write `metrics.json`, which marks a run as finished, and print the summary.
 
     Returns:
-        0, or 128 + the number of the signal that stopped the run.
+        0; where a signal stopped the run, 128 + its number, after a line on how to resume.
     """
-    outcome = train(spec, output, console, resume=resume, overwrite=overwrite)
     if outcome.metrics is None:
-        return exit_code_of_stopped(outcome, output, console)
-    finish(spec, outcome.metrics, output, console)
+        assert outcome.signal is not None
+        _say_how_to_resume(output, console)
+        return 128 + outcome.signal
+    if PartialState().is_main_process:
+        write_metrics(output, outcome.metrics)
+    print_summary(console, output, outcome.metrics, spec.model)
     return 0
 
 
-def finish(spec: RunSpec, metrics: dict[str, Any], output: Path, console: Console) -> None:
-    """Write `metrics.json`, which marks the run as finished, and print the summary."""
-    if PartialState().is_main_process:
-        write_metrics(output, metrics)
-    print_summary(console, output, metrics, spec.model)
-
-
-def exit_code_of_stopped(outcome: Outcome, output: Path, console: Console) -> int:
-    """Tell what was kept of a stopped run; return 128 + the number of the signal."""
-    assert outcome.signal is not None
-    _say_how_to_resume(output, console)
-    return 128 + outcome.signal
+def _prepare(spec: RunSpec, output: Path) -> Prepared:
+    prepared = prepare(spec)
+    check_disk_space(prepared.plan, output, keep=spec.options.keep_checkpoints)
+    return prepared
 
 
 def _say_how_to_resume(output: Path, console: Console) -> None:
-    console.print(
-        f"Stopped; kept {checkpoints(output)[-1].name}. Continue with: "
-        f"bridge-peft finetune --resume --output {shlex.quote(str(output))}"
-    )
-
-
-def _adapt(model: PreTrainedModel, spec: RunSpec, dtype: torch.dtype, console: Console) -> None:
-    """Adapt the model, in place."""
-    lora = spec.lora
-    quantized = getattr(model, "is_quantized", False)
-    if lora.lora_dtype is None and (quantized or dtype != torch.float32):
-        # a step of a bfloat16 weight below its 8 bits of precision would be no step at all
-        lora = dataclasses.replace(lora, lora_dtype=torch.float32)
-        base = "quantized" if quantized else str(dtype).removeprefix("torch.")
-        console.print(f"adapter weights in float32 over a {base} base (--lora-dtype)")
-    lora(model)
+    kept = checkpoints(output)[-1].name
+    console.print(f"Stopped; kept {kept}. Continue with: {resume_command(output)}")
 
 
 def _begin_record(spec: RunSpec, output: Path, *, overwrite: bool) -> None:
@@ -191,14 +141,12 @@ def _begin_record(spec: RunSpec, output: Path, *, overwrite: bool) -> None:
     processes.wait_for_everyone()
 
 
-def _build_trainer(
-    model: PreTrainedModel, config: Any, prepared: Prepared, spec: RunSpec
-) -> AdapterTrainer:
+def _build_trainer(model: PreTrainedModel, config: Any, prepared: Prepared) -> AdapterTrainer:
     tokenizer: Any = prepared.tokenizer
     padding = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     with taken_as_adapted(model):
-        return AdapterTrainer(
-            keep=spec.options.keep_checkpoints,
+        trainer = AdapterTrainer(
+            keep=prepared.spec.options.keep_checkpoints,
             model=model,
             args=config,
             train_dataset=_dataset(prepared.train),
@@ -207,66 +155,36 @@ def _build_trainer(
             # padding is masked out of attention and loss, so any id serves
             data_collator=DataCollatorForLanguageModeling(pad_token_id=padding),
         )
-
-
-@contextlib.contextmanager
-def _hold_back_chatter() -> Iterator[None]:
-    """Hold back two remarks of transformers that tell of what is meant to be so."""
-
-    def is_news(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(_EXPECTED)
-
-    logger = logging.getLogger("transformers.trainer_utils")
-    logger.addFilter(is_news)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_news)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def _dataset(samples: list[Sample]) -> datasets.Dataset:
-    return datasets.Dataset.from_dict(
-        {
-            "input_ids": [sample.input_ids for sample in samples],
-            "labels": [sample.labels for sample in samples],
-        }
-    )
+    ids, labels = [s.input_ids for s in samples], [s.labels for s in samples]
+    return datasets.Dataset.from_dict({"input_ids": ids, "labels": labels})
 
 
 def _run(
-    trainer: AdapterTrainer,
-    prepared: Prepared,
-    output: Path,
-    console: Console,
-    start: Path | None,
+    trainer: AdapterTrainer, prepared: Prepared, output: Path, console: Console, start: Path | None
 ) -> Outcome:
     stop, progress = StopOnSignal(console), ShowProgress(console)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(stop)
-    trainer.add_callback(progress)
-    trainer.add_callback(StopOnNan())
+    for callback in (stop, progress, StopOnNan()):
+        trainer.add_callback(callback)
     begun = time.perf_counter()
     try:
-        with stop, _hold_back_chatter():
+        # transformers warns that generation follows the tokenizer, and of intervals that may change
+        with stop, progress, quiet("transformers.trainer_utils"):
             trainer.train_from(start)
     except KeyboardInterrupt:  # the second Ctrl-C
         if checkpoints(output):
             _say_how_to_resume(output, console)
         raise
-    finally:
-        progress.close()
     seconds = time.perf_counter() - begun
     model: Any = trainer.model
     if stop.stopped:
-        return Outcome(model=model, prepared=prepared, metrics=None, signal=stop.received)
+        return Outcome(model=model, metrics=None, signal=stop.received)
     if trainer.args.should_save:
         save_adapter(model, output)
         plot_loss(trainer.state.log_history, output / "loss.png")
     trainer.accelerator.wait_for_everyone()
-    metrics = {
-        **training_figures(
-            trainer, seconds=seconds, evaluation_seconds=progress.evaluation_seconds
-        ),
-        **sizes(trainer, prepared, output),
-    }
-    return Outcome(model=model, prepared=prepared, metrics=metrics, signal=None)
+    return Outcome(model=model, metrics=run_metrics(trainer, prepared, output, seconds=seconds))

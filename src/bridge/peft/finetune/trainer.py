@@ -17,7 +17,7 @@ from torch import nn
 from bridge.peft import load_adapter, save_adapter
 from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.finetune.models import quiet_imports
-from bridge.peft.finetune.options import TrainingOptions, total_steps
+from bridge.peft.finetune.prepare import Prepared
 from bridge.peft.finetune.record import PARTIAL, checkpoints
 
 with quiet_imports():
@@ -39,14 +39,14 @@ class AdapterTrainer(SFTTrainer):
         **kwargs: what `SFTTrainer` takes.
 
     Attributes:
-        step_before: the step this process started at.
-        tokens_before: the tokens seen before that step.
+        before: the state this process started from.
     """
+
+    model: Any  # never None here
 
     def __init__(self, *, keep: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.step_before = 0
-        self.tokens_before = 0
+        self.before = TrainerState()
         self._keep = keep
         self._root = Path(str(self.args.output_dir))
         self._writing_to = self._root
@@ -58,50 +58,39 @@ class AdapterTrainer(SFTTrainer):
             checkpoint: as `checkpoint_to_resume` gives it.
         """
         if checkpoint is not None:
-            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-            self.step_before = state.global_step
-            self.tokens_before = int(state.num_input_tokens_seen)
-            if state.global_step >= self.args.max_steps:
+            self.before = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            if self.before.global_step >= self.args.max_steps:
                 # the process died between its last step and its report; Trainer would do one more
                 self._load_from_checkpoint(str(checkpoint))
-                self.state = state
+                self.state = self.before
                 return
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The loss of a batch: TRL's, which never forms the logits, unless the head is adapted."""
         # TRL multiplies with the head's weight itself, so a branch there would never be seen
-        head = self._adapted_model().get_output_embeddings()  # pyright: ignore
-        if isinstance(head, LoRAMixin):
-            return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if isinstance(self.model.get_output_embeddings(), LoRAMixin):
+            return Trainer.compute_loss(self, model, inputs, *args, **kwargs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
-            save_adapter(self._adapted_model(), output_dir or self._root)
+            save_adapter(self.model, output_dir or self._root)
 
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        load_adapter(self._adapted_model(), resume_from_checkpoint)
-
-    def _adapted_model(self) -> nn.Module:
-        model = self.model
-        assert isinstance(model, nn.Module)
-        return model
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_adapter(self.model, resume_from_checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._writing_to)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        name = f"checkpoint-{self.state.global_step}"
-        with self._partial_directory() as partial:
+        """Let Trainer write where nobody looks for complete checkpoints, then publish."""
+        name, partial = f"checkpoint-{self.state.global_step}", self._root / PARTIAL
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._writing_to = partial
+        try:
             # Trainer's own: SFTTrainer's would write a model card into the output as well
             Trainer._save_checkpoint(self, model, trial)
             self.accelerator.wait_for_everyone()
@@ -109,17 +98,6 @@ class AdapterTrainer(SFTTrainer):
                 _publish(partial / name, self._root / name)
                 for old in checkpoints(self._root)[: -self._keep]:
                     shutil.rmtree(old)
-
-    @contextlib.contextmanager
-    def _partial_directory(self) -> Iterator[Path]:
-        """Let Trainer write its checkpoint where nobody looks for complete ones."""
-        partial = self._root / PARTIAL
-        if self.args.should_save:
-            shutil.rmtree(partial, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._writing_to = partial
-        try:
-            yield partial
         finally:
             self._writing_to = self._root
             if self.args.should_save:
@@ -133,14 +111,12 @@ def taken_as_adapted(model: nn.Module) -> Iterator[None]:
     Trainer refuses a quantized model without PEFT's mark, and TRL would cast A and B to bfloat16.
     """
     marks = {"_hf_peft_config_loaded": True, "is_loaded_in_4bit": False, "is_loaded_in_8bit": False}
-    before = {name: getattr(model, name) for name in marks if hasattr(model, name)}
-    for name in before:
-        setattr(model, name, marks[name])
-    try:
+    with contextlib.ExitStack() as stack:
+        for name, mark in marks.items():
+            if hasattr(model, name):
+                stack.callback(setattr, model, name, getattr(model, name))
+                setattr(model, name, mark)
         yield
-    finally:
-        for name, value in before.items():
-            setattr(model, name, value)
 
 
 def keep_packed_weights_trainable(model: nn.Module) -> None:
@@ -154,33 +130,26 @@ def keep_packed_weights_trainable(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # pyright: ignore
 
 
-def trainer_config(
-    options: TrainingOptions,
-    output: Path,
-    *,
-    dtype: torch.dtype,
-    samples: int,
-    evaluate: bool,
-    resumed: bool,
-) -> SFTConfig:
+def trainer_config(prepared: Prepared, output: Path, *, resumed: bool) -> SFTConfig:
     """Translate our options into TRL's.
 
     Args:
-        options: how to train.
+        prepared: the run; half types train under autocast.
         output: where checkpoints and logs go.
-        dtype: of the base weights; half types train under autocast.
-        samples: to train on.
-        evaluate: whether there is data to evaluate on.
         resumed: a resumed run has its evaluation before training in its history already.
     """
+    options, dtype, steps = prepared.spec.options, prepared.dtype, prepared.steps
+    evaluate = bool(prepared.evaluation)
+    tenth = math.ceil(steps / 10)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "logs")
     schedule = "constant_with_warmup" if options.schedule == "constant" else options.schedule
     on_cuda = torch.cuda.is_available()
     with warnings.catch_warnings():
         # TRL's own default sets this alias, so every SFTConfig warns
         warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
-        config = SFTConfig(
+        return SFTConfig(
             output_dir=str(output),
+            max_steps=steps,
             use_cpu=not on_cuda,
             dataloader_pin_memory=on_cuda,
             learning_rate=options.learning_rate,
@@ -197,19 +166,17 @@ def trainer_config(
             gradient_checkpointing=options.gradient_checkpointing,
             ddp_find_unused_parameters=False,
             eval_strategy="steps" if evaluate else "no",
+            eval_steps=options.eval_every or tenth,
             eval_on_start=evaluate and not resumed,
             save_strategy="steps",
-            logging_nan_inf_filter=False,  # a loss that is no number must be seen
+            save_steps=options.save_every or tenth,
+            logging_steps=min(options.log_every or math.ceil(steps / 200), steps),
+            logging_nan_inf_filter=False,  # a NaN must be seen
             report_to=["tensorboard"],
             disable_tqdm=True,
             include_num_input_tokens_seen="non_padding",
             max_length=None,
         )
-    config.max_steps = steps = total_steps(options, samples, processes=config.world_size)
-    config.eval_steps = options.eval_every or math.ceil(steps / 10)
-    config.save_steps = options.save_every or math.ceil(steps / 10)
-    config.logging_steps = min(options.log_every or math.ceil(steps / 200), steps)
-    return config
 
 
 def _publish(partial: Path, final: Path) -> None:

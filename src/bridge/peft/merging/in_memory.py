@@ -68,7 +68,7 @@ def merge_weight(
     rounding, scratch = Rounding.none(weight.device), Scratch()
     for rows in row_blocks(*weight.shape, device=weight.device):
         rounding += merge_rows(weight[rows], update, rows, merged[rows], scratch)
-    return merged, MergeRow.of(fqn, rounding, norm=update.norm(), count=weight.numel())
+    return merged, MergeRow.of(fqn, rounding, norm=update.norm())
 
 
 @torch.no_grad()

@@ -35,21 +35,19 @@ class MergeRow:
     relative_update: float
 
     @classmethod
-    def of(cls, fqn: str, rounding: Rounding, *, norm: float, count: int) -> Self:
+    def of(cls, fqn: str, rounding: Rounding, *, norm: float) -> Self:
         """The row of one merged layer.
 
         Args:
             fqn: Fully qualified name.
             rounding: The statistics of its rows.
             norm: Frobenius norm of the update.
-            count: How many weights the layer has.
         """
-        measured, meant = max(rounding.count, 1), int(rounding.meant)
-        base = math.sqrt(float(rounding.squares) * count / measured)
+        meant, base = int(rounding.meant), math.sqrt(float(rounding.squares))
         return cls(
             fqn=fqn,
             max_error=float(rounding.max_error),
-            mean_error=float(rounding.sum_error) / measured,
+            mean_error=float(rounding.sum_error) / max(rounding.count, 1),
             unchanged=max(0.0, 1 - int(rounding.changed) / meant) if meant else 0.0,
             relative_update=norm / max(base, torch.finfo(torch.float32).tiny),
         )

@@ -90,8 +90,6 @@ class Scratch:
 class Rounding:
     """What rounding did to some rows; 0-dim tensors, so that a GPU need not wait for the CPU.
 
-    All but `total` is of the rows that were measured.
-
     Attributes:
         total: Sum of the stored weights of all rows; finite unless one of them is not, or it
             overflows.
@@ -100,7 +98,7 @@ class Rounding:
         changed: How many stored weights differ from the base's, rounded to the same dtype.
         meant: How many weights the update was to change.
         squares: Sum of the squared base weights.
-        count: How many weights were measured.
+        count: How many weights these are.
     """
 
     total: Tensor
@@ -144,7 +142,7 @@ def row_blocks(rows: int, columns: int, device: torch.device | str = "cpu") -> I
 
 
 def merge_rows(
-    weight: Tensor, update: Update, rows: slice, out: Tensor, scratch: Scratch, *, part: int = 1
+    weight: Tensor, update: Update, rows: slice, out: Tensor, scratch: Scratch
 ) -> Rounding:
     """Write some rows of `weight + update` into `out`, rounded once.
 
@@ -154,30 +152,27 @@ def merge_rows(
         rows: Which rows these are.
         out: (rows, columns); its dtype may differ from the weight's.
         scratch: Buffers to use.
-        part: Measure the rounding on the first 1 / part of these rows, to save time.
 
     Returns:
         The statistics of these rows.
     """
     left = update.left[rows]
-    measured = slice(0, -(-len(weight) // part))
     exact = scratch.like("exact", weight, left.dtype).copy_(weight)
-    squares = torch.linalg.vector_norm(exact[measured]).double().square()
+    squares = torch.linalg.vector_norm(exact).double().square()
     if out.dtype.itemsize < left.dtype.itemsize:
         exact.addmm_(left, update.right)
         out.copy_(exact)
-        sample = out[measured]
-        error = scratch.like("error", sample, left.dtype).copy_(sample).sub_(exact[measured])
+        error = scratch.like("error", out, left.dtype).copy_(out).sub_(exact)
     else:
         added = torch.mm(left, update.right, out=scratch.like("update", weight, left.dtype))
-        error = _sum_and_its_error(exact, added, out)[measured]
+        error = _sum_and_its_error(exact, added, out)
     error.abs_()
     return Rounding(
         total=sum_of(out).double(),
         max_error=error.amax().double(),
         sum_error=error.sum().double(),
-        changed=_count_changed(weight[measured], out[measured], scratch),
-        meant=left[measured].ne(0).any(1).sum() * update.changing_columns,
+        changed=_count_changed(weight, out, scratch),
+        meant=left.ne(0).any(1).sum() * update.changing_columns,
         squares=squares,
         count=error.numel(),
     )

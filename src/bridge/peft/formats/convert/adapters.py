@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bridge.peft.errors import AdapterError, AdapterFileError
-from bridge.peft.formats.convert.converted import Converted, Step
+from bridge.peft.formats.convert.converted import Step
 from bridge.peft.formats.convert.layout import AttentionLayout
 from bridge.peft.formats.convert.megatron import from_megatron, to_megatron
 from bridge.peft.formats.convert.plain import from_plain
 from bridge.peft.formats.convert.torchtune import from_torchtune, to_torchtune
-from bridge.peft.formats.files.atomic import current_path, write_files
+from bridge.peft.formats.files.atomic import write_files
 from bridge.peft.formats.files.safetensors_file import read_tensors, serialize
 from bridge.peft.formats.files.untrusted import (
     CONFIG_NAME,
@@ -28,9 +28,13 @@ from bridge.peft.formats.files.untrusted import (
 from bridge.peft.formats.peft.adapter_file import (
     KEY_PREFIX,
     AdapterFile,
-    read_adapter,
+    adapter_from,
+    check_new,
+    warn_if_interrupted,
     write_adapter,
 )
+from bridge.peft.formats.peft.extra import read_extra
+from bridge.peft.formats.peft.fields import is_number
 from bridge.peft.version import __version__
 
 #: What can be written.
@@ -48,6 +52,7 @@ class Conversion:
         steps: Module by module, how and with what error.
         dim: The one rank of a format that has one rank; None for PEFT.
         alpha: Its alpha.
+        base: The model, or its config.json, that the adapter names and the heads come from.
     """
 
     source: str
@@ -55,6 +60,7 @@ class Conversion:
     steps: list[Step]
     dim: int | None = None
     alpha: float | None = None
+    base: Path | None = None
 
 
 def convert_adapter(
@@ -72,7 +78,8 @@ def convert_adapter(
         path: A directory, or a safetensors file.
         target: One of `TARGETS`.
         output: A directory that does not exist or is empty.
-        layout: The model's attention layout, where the formats need it and the file does not say.
+        layout: The model's attention layout, where the formats need it; without it that of the
+            file, or of the base model that the adapter's config names.
         alpha: The alpha that a file without a config was trained with.
         rank: For Megatron: approximate what needs a higher rank.
 
@@ -87,25 +94,29 @@ def convert_adapter(
         raise AdapterError(f"cannot write {target!r}; pass one of {', '.join(TARGETS)}")
     if rank is not None and (target != "megatron" or rank < 1):
         raise AdapterError(f"rank={rank}: only Megatron's fused modules are approximated, to >= 1")
-    with reading(output):
-        taken = os.path.lexists(output) and (not output.is_dir() or any(output.iterdir()))
-    if taken:
-        raise AdapterError(f"{output} is there and not empty; pass a new directory as the output")
+    check_new(output)
     with reading(path):
         source, adapter, steps, layout = _read(path, layout, alpha)
     if target == "peft":
         write_adapter(adapter, output)
         return Conversion(source=source, target=target, steps=steps)
+    base = _named_base(adapter) if layout is None else None
+    layout = layout or (base and AttentionLayout.of_model(base))
     if layout is None:
         raise _no_layout()
     if target == "megatron":
         converted = to_megatron(adapter, layout, rank)
     else:
         converted = to_torchtune(adapter, layout)
-    _write(converted, output)
-    side = converted.side
+    extra = {"bridge_peft_version": __version__, **converted.extra}
+    write_files(output, {TENSORS_NAME: serialize(converted.tensors), EXTRA_NAME: json_bytes(extra)})
     return Conversion(
-        source=source, target=target, steps=converted.steps, dim=side["dim"], alpha=side["alpha"]
+        source=source,
+        target=target,
+        steps=converted.steps,
+        dim=extra["dim"],
+        alpha=extra["alpha"],
+        base=base,
     )
 
 
@@ -116,7 +127,7 @@ def detect_format(keys: Collection[str]) -> str:
         keys: The keys of a state dict.
 
     Raises:
-        AdapterFileError: They are no adapter's.
+        AdapterFileError: They are not those of an adapter.
     """
     if any(key.endswith(".adapter.linear_in.weight") and "decoder.layers." in key for key in keys):
         return "megatron"
@@ -133,7 +144,7 @@ def detect_format(keys: Collection[str]) -> str:
     if any(key.endswith(tuple(f".{name}.weight" for name in plain)) for key in keys):
         return "plain"
     some = ", ".join(repr(key[:60]) for key in list(keys)[:3])
-    raise AdapterFileError(f"the file is no adapter in a known format (keys: {some or 'none'})")
+    raise AdapterFileError(f"the file is not an adapter in a known format (keys: {some or 'none'})")
 
 
 def _read(
@@ -142,21 +153,39 @@ def _read(
     file = _find_file(path)
     tensors = read_tensors(file)
     source = detect_format(tensors)
+    extra = read_extra(file.parent)
     if source == "peft" and (path / CONFIG_NAME).exists():
         if alpha is not None:
             raise AdapterError("alpha is given, and the adapter's config says it; leave it out")
-        adapter = read_adapter(path)
+        warn_if_interrupted(path)
+        adapter = adapter_from(read_json(checked_path(path, CONFIG_NAME)), extra, tensors)
         steps = [Step(name=fqn, how="unchanged") for fqn in adapter.tensors]
         return source, adapter, steps, layout
-    side = _read_side(file)
-    layout = layout or ("layout" in side and AttentionLayout.from_dict(side["layout"])) or None
-    alpha = _alpha(side, alpha)
+    if layout is None and "layout" in extra:
+        layout = AttentionLayout.from_dict(extra["layout"])
+    alpha = _alpha(extra, alpha)
     if source in ("peft", "plain"):
-        return "plain", *from_plain(tensors, side, alpha), layout
+        return "plain", *from_plain(tensors, extra, alpha), layout
     if layout is None:
         raise _no_layout()
     read = from_megatron if source == "megatron" else from_torchtune
-    return source, *read(tensors, side, layout, alpha), layout
+    return source, *read(tensors, extra, layout, alpha), layout
+
+
+def _named_base(adapter: AdapterFile) -> Path | None:
+    """What the adapter's config names as its base, if it is here: a directory, or a cached file."""
+    name = adapter.config.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        return None
+    with contextlib.suppress(OSError, ValueError, ImportError):
+        if (Path(name) / "config.json").is_file():
+            return Path(name)
+        # here, because it costs time and is optional; it looks into the cache and at no network
+        from huggingface_hub import try_to_load_from_cache
+
+        if isinstance(cached := try_to_load_from_cache(name, "config.json"), str):
+            return Path(cached)
+    return None
 
 
 def _find_file(path: Path) -> Path:
@@ -164,12 +193,12 @@ def _find_file(path: Path) -> Path:
     if path.is_file():
         if path.suffix != ".safetensors":
             raise AdapterFileError(
-                f"{path} is no .safetensors file, and others are not opened (a pickle can run any "
-                "program); save it with safetensors.torch.save_file where it was trained"
+                f"{path} is not a .safetensors file, and others are not opened (a pickle can run "
+                "any program); save it with safetensors.torch.save_file where it was trained"
             )
         return path
     if not path.is_dir():
-        raise AdapterFileError(f"there is no {path}; pass an adapter's directory or file")
+        raise AdapterFileError(f"{path} does not exist; pass an adapter's directory or file")
     names = sorted(p.name for p in path.iterdir())
     files = [name for name in names if name.endswith(".safetensors") and name.isprintable()]
     if TENSORS_NAME in files or (not files and not any(n.endswith(_PICKLES) for n in names)):
@@ -180,33 +209,17 @@ def _find_file(path: Path) -> Path:
     raise AdapterFileError(f"{path} holds {what}; pass the adapter's safetensors file itself")
 
 
-def _read_side(file: Path) -> Mapping[str, Any]:
-    if not os.path.lexists(current_path(file.parent, EXTRA_NAME)):
-        return {}
-    return read_json(checked_path(file.parent, EXTRA_NAME))
-
-
-def _alpha(side: Mapping[str, Any], alpha: float | None) -> float:
-    value = side.get("alpha") if alpha is None else alpha
+def _alpha(extra: Mapping[str, Any], alpha: float | None) -> float:
+    value = extra.get("alpha") if alpha is None else alpha
     if value is None:
         raise AdapterError("the file does not say its alpha; pass the one it was trained with")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < abs(value) < 1e12:
+    if not is_number(value) or not 0 < abs(value) < 1e12:
         raise AdapterError(f"alpha is {value!r:.80}; pass the number it was trained with")
     return value
 
 
-def _write(converted: Converted, output: Path) -> None:
-    side = {"bridge_peft_version": __version__, **converted.side}
-    files: dict[str, bytes] = {
-        TENSORS_NAME: serialize(converted.tensors),
-        EXTRA_NAME: json_bytes(side),
-    }
-    write_files(output, files)
-
-
 def _no_layout() -> AdapterError:
     return AdapterError(
-        "fusing and permuting rows needs the number of heads; pass the model's directory "
-        "(--model), or the heads, query groups and size of a head (--heads, --query-groups, "
-        "--head-dim)"
+        "fusing and permuting rows needs the number of heads, which the adapter does not say; pass "
+        "the base model's directory or its config.json (--model)"
     )

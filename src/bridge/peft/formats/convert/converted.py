@@ -1,20 +1,21 @@
-"""What a conversion between formats gives: tensors, a side file, and what was done."""
+"""What the conversions share: what they give, and how A and B find their places."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
 
-from bridge.peft.errors import AdapterFileError
+from bridge.peft.errors import AdapterError, AdapterFileError
 from bridge.peft.formats.convert.layout import AttentionLayout
 from bridge.peft.formats.peft.adapter_file import AdapterFile, check_adapter
-from bridge.peft.formats.peft.config import alpha_for
-from bridge.peft.formats.peft.new_config import new_config
-from bridge.peft.formats.peft.targets import choose_targets
+from bridge.peft.formats.peft.config import alpha_for, new_config
+from bridge.peft.formats.peft.names import choose_targets
+
+_PEFT_NAME = re.compile(r"(?P<prefix>.*\.)?layers\.(?P<layer>\d+)\.(?P<end>\w+\.\w+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,47 +39,143 @@ class Converted:
 
     Attributes:
         tensors: By the format's own keys.
-        side: What goes into `bridge_adapter.json`: what the tensors do not say.
+        extra: What goes into `bridge_adapter.json`: what the tensors do not say.
         steps: What was done, module by module.
     """
 
     tensors: dict[str, Tensor]
-    side: dict[str, Any]
+    extra: dict[str, Any]
     steps: list[Step]
 
 
-def is_prefix(value: Any) -> bool:
-    """Whether a side file's `prefix` can stand before `layers`: empty, or a name and a dot."""
-    return isinstance(value, str) and re.fullmatch(r"(?:[\w-]{1,200}\.){0,9}", value) is not None
-
-
-def paired(halves: Mapping[str, Mapping[str, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B of each module, of one rank.
+def extra_of(
+    adapter: AdapterFile, layout: AttentionLayout, dim: int, scale: float, **more: Any
+) -> dict[str, Any]:
+    """What a foreign directory's `bridge_adapter.json` holds, so that the way back is exact.
 
     Args:
-        halves: `{"a": A, "b": B}` by module.
+        adapter: The PEFT adapter.
+        layout: The model's attention layout.
+        dim: The one rank of the foreign format.
+        scale: Its one scale.
+        **more: Fields of this format.
+    """
+    return {
+        "dim": dim,
+        "alpha": alpha_for(scale, dim),
+        "dropout": adapter.parsed.lora_dropout,
+        "layout": asdict(layout),
+        "peft": {"config": adapter.config, "extra": adapter.extra},
+        **more,
+    }
+
+
+def places(
+    adapter: AdapterFile, ends: Collection[str], tool: str
+) -> tuple[str, dict[str, tuple[int, str]]]:
+    """Where each module of an adapter is in a Llama or Qwen type model.
+
+    Args:
+        adapter: A PEFT adapter.
+        ends: Names of linears within a layer that the other tool knows, and of those outside.
+        tool: Its name, for messages.
+
+    Returns:
+        What stands before `layers` in the names, and for each module within a layer that layer and
+        its name in it.
 
     Raises:
-        AdapterFileError: One of the two is missing, or they do not fit each other.
+        AdapterError: A module is none of these, or there is more than A and B.
     """
-    for fqn, half in halves.items():
-        shapes = {letter: tuple(tensor.shape) for letter, tensor in half.items()}
-        match shapes:
-            case {"a": (rank, _), "b": (_, columns)} if rank == columns > 0:
-                pass
-            case _:
-                raise AdapterFileError(
-                    f"{fqn}: A and B do not make a pair (shapes {shapes}); save the adapter again"
-                )
-    if not halves:
-        raise AdapterFileError("the file holds no A and B; pass an adapter's file")
-    return {fqn: (half["a"], half["b"]) for fqn, half in halves.items()}
+    if adapter.whole:
+        raise AdapterError(
+            f"{next(iter(adapter.whole))} is saved whole, which a {tool} adapter cannot hold; "
+            "save it with the base model"
+        )
+    found: dict[str, tuple[int, str]] = {}
+    prefixes: set[str] = set()
+    for fqn in adapter.tensors:
+        if fqn in ends:
+            continue
+        match = _PEFT_NAME.fullmatch(fqn)
+        if match is None or match["end"] not in ends:
+            raise AdapterError(
+                f"{fqn} has no counterpart in a {tool} model; only the linears of Llama and Qwen "
+                "type models have one"
+            )
+        prefixes.add(match["prefix"] or "")
+        found[fqn] = (int(match["layer"]), match["end"])
+    if len(prefixes) > 1:
+        raise AdapterError(f"the adapter covers {len(prefixes)} stacks of layers; convert one")
+    return next(iter(prefixes), "model."), found
+
+
+def prefix_of(extra: Mapping[str, Any]) -> str:
+    """What stands before `layers` in PEFT's names: empty, or names each with a dot.
+
+    Args:
+        extra: The decoded `bridge_adapter.json` of a foreign directory.
+
+    Raises:
+        AdapterFileError: It says something else.
+    """
+    prefix = extra.get("prefix", "model.")
+    if not isinstance(prefix, str) or not re.fullmatch(r"(?:[\w-]{1,200}\.){0,9}", prefix):
+        raise AdapterFileError(f"bridge_adapter.json: prefix must be a name, got {prefix!r:.80}")
+    return prefix
+
+
+class Halves:
+    """A and B by module, put together as they come out of a file."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, dict[str, Tensor]] = {}
+
+    def add(self, name: str, half: str, tensor: Tensor, key: str) -> None:
+        """Take one of the two matrices.
+
+        Args:
+            name: The module.
+            half: `"a"` or `"b"`.
+            tensor: The matrix.
+            key: Its key in the file, for messages.
+
+        Raises:
+            AdapterFileError: It is there already, or is not a matrix.
+        """
+        if half in self._found.setdefault(name, {}):
+            raise AdapterFileError(
+                f"{key[:80]!r} stands for a matrix that another key has given; remove one"
+            )
+        if tensor.dim() != 2 or not tensor.numel():
+            raise AdapterFileError(f"{key[:80]!r} is not a matrix; save the adapter again")
+        self._found[name][half] = tensor
+
+    def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """A and B of each module, of one rank.
+
+        Raises:
+            AdapterFileError: One of the two is missing, or they do not fit each other.
+        """
+        for name, half in self._found.items():
+            shapes = {letter: tuple(tensor.shape) for letter, tensor in half.items()}
+            match shapes:
+                case {"a": (rank, _), "b": (_, columns)} if rank == columns:
+                    pass
+                case _:
+                    raise AdapterFileError(
+                        f"{name}: A and B do not make a pair (shapes {shapes}); save the adapter "
+                        "again"
+                    )
+        if not self._found:
+            raise AdapterFileError("the file holds no A and B; pass an adapter's file")
+        return {name: (half["a"], half["b"]) for name, half in self._found.items()}
 
 
 def restored(
     tensors: dict[str, tuple[Tensor, Tensor]],
     scales: Mapping[str, float],
-    side: Mapping[str, Any],
+    extra: Mapping[str, Any],
     layout: AttentionLayout | None,
 ) -> AdapterFile:
     """A PEFT adapter out of a foreign file, with its old config where that still holds.
@@ -86,20 +183,20 @@ def restored(
     Args:
         tensors: A and B by PEFT's names of the modules.
         scales: The factor of each branch.
-        side: The side file of the foreign file; may be empty.
+        extra: The decoded `bridge_adapter.json` of the foreign directory; may be empty.
         layout: The model's, if known: with the number of layers the config can be short.
 
     Raises:
         AdapterFileError: Something does not fit.
     """
-    if old := _old_adapter(tensors, scales, side):
+    if old := _old_adapter(tensors, scales, extra):
         return old
     alphas = {fqn: alpha_for(scales[fqn], tensors[fqn][0].shape[0]) for fqn in tensors}
     config = new_config(
         {fqn: a.shape[0] for fqn, (a, _) in tensors.items()},
         alphas,
         choose_targets(tensors, _other_linears(tensors, layout)),
-        lora_dropout=side.get("dropout", 0.0),
+        lora_dropout=extra.get("dropout", 0.0),
     )
     adapter = AdapterFile(config=config, tensors=tensors)
     check_adapter(adapter)
@@ -109,14 +206,14 @@ def restored(
 def _old_adapter(
     tensors: dict[str, tuple[Tensor, Tensor]],
     scales: Mapping[str, float],
-    side: Mapping[str, Any],
+    extra: Mapping[str, Any],
 ) -> AdapterFile | None:
-    match side.get("peft"):
-        case {"config": dict(config), "extra": dict(extra)}:
+    match extra.get("peft"):
+        case {"config": dict(config), "extra": dict(old_extra)}:
             pass
         case _:
             return None
-    adapter = AdapterFile(config=config, tensors=tensors, extra=extra)
+    adapter = AdapterFile(config=config, tensors=tensors, extra=old_extra)
     try:
         check_adapter(adapter)
     except AdapterFileError:

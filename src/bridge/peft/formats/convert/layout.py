@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,14 @@ class AttentionLayout:
         numbers = (self.heads, self.groups, self.head_dim)
         if not all(type(n) is int and 0 < n < _MAX for n in numbers) or self.heads % self.groups:
             raise AdapterError(
-                f"{numbers!r:.80} (heads, query groups, rows of a head) is no "
+                f"{numbers!r:.80} (heads, query groups, rows of a head) is not an "
                 "attention layout; the groups must divide the heads"
             )
         layers = 1 if self.layers is None else self.layers
         if type(layers) is not int or not 0 < layers <= _MAX_LAYERS:
-            raise AdapterError(f"{layers!r:.80} is no number of layers; pass the model's directory")
+            raise AdapterError(
+                f"{layers!r:.80} is not a number of layers; pass the model's directory"
+            )
         if not isinstance(self.interleaved, bool):
             raise AdapterError(f"interleaved must be true or false, got {self.interleaved!r:.80}")
 
@@ -58,16 +60,12 @@ class AttentionLayout:
         """Output features of `"q_proj"`, `"k_proj"` or `"v_proj"`."""
         return self.head_dim * (self.heads if part == "q_proj" else self.groups)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields, ready for JSON."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, values: Any) -> AttentionLayout:
         """The layout out of a file.
 
         Raises:
-            AdapterFileError: It is none.
+            AdapterFileError: It is not one.
         """
         try:
             layout = cls(**values)
@@ -78,16 +76,16 @@ class AttentionLayout:
         return layout
 
     @classmethod
-    def of_model(cls, directory: Path) -> AttentionLayout:
+    def of_model(cls, model: Path) -> AttentionLayout:
         """The layout of a transformers model, out of its `config.json`.
 
         Args:
-            directory: The model's directory.
+            model: The model's directory, or the file itself.
 
         Raises:
-            AdapterError: There is no such file, or it says nothing of heads.
+            AdapterError: There is no such file, or it does not say how many heads there are.
         """
-        path = directory / "config.json"
+        path = model if model.is_file() else model / "config.json"
         try:
             config = json.loads(path.read_text())
         except (OSError, ValueError, RecursionError) as error:
@@ -105,7 +103,7 @@ class AttentionLayout:
             where: Its name, for messages.
 
         Raises:
-            AdapterError: It says nothing of heads.
+            AdapterError: It does not say how many heads there are.
         """
         config = config.get("text_config") or config
         try:

@@ -24,11 +24,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bridge.peft.errors import AdapterError, AdapterFileError
-from bridge.peft.formats.convert.converted import Converted, Step, is_prefix, restored
+from bridge.peft.formats.convert.converted import Converted, Step, extra_of, prefix_of, restored
 from bridge.peft.formats.convert.layout import AttentionLayout, fuse_qkv, split_qkv
 from bridge.peft.formats.convert.megatron_keys import FUSED, Pair, group_by_fused, read_pairs
 from bridge.peft.formats.peft.adapter_file import AdapterFile
-from bridge.peft.formats.peft.config import alpha_for
 from bridge.peft.low_rank import relative_difference, truncated
 
 
@@ -68,22 +67,13 @@ def to_megatron(
         parts[name] = {part: [*columns[part], factors[part]] for part in columns}
         steps.append(Step(name=name, how=how, error=error))
     dim = max(a.shape[0] for a, _ in fused.values())
-    side = {
-        "format": "megatron",
-        "dim": dim,
-        "alpha": alpha_for(scale, dim),
-        "dropout": adapter.parsed.lora_dropout,
-        "layout": layout.to_dict(),
-        "prefix": prefix,
-        "parts": parts,
-        "peft": {"config": adapter.config, "extra": adapter.extra},
-    }
-    return Converted(tensors=_named(fused, dim), side=side, steps=steps)
+    extra = extra_of(adapter, layout, dim, scale, format="megatron", prefix=prefix, parts=parts)
+    return Converted(tensors=_named(fused, dim), extra=extra, steps=steps)
 
 
 def from_megatron(
     tensors: Mapping[str, Tensor],
-    side: Mapping[str, Any],
+    extra: Mapping[str, Any],
     layout: AttentionLayout,
     alpha: float,
 ) -> tuple[AdapterFile, list[Step]]:
@@ -91,7 +81,7 @@ def from_megatron(
 
     Args:
         tensors: By key of the file.
-        side: Its side file; empty if it has none.
+        extra: Its decoded `bridge_adapter.json`; empty if it has none.
         layout: The model's attention layout.
         alpha: The recipe's alpha; `scale = alpha / dim`.
 
@@ -99,12 +89,11 @@ def from_megatron(
         The adapter, and how each module came about.
 
     Raises:
-        AdapterFileError: A key, a shape or the side file is not right.
+        AdapterFileError: A key, a shape or `extra` is not right.
     """
-    prefix = side.get("prefix", "model.")
-    known = side.get("parts", {})
-    if not is_prefix(prefix) or not isinstance(known, dict):
-        raise AdapterFileError("bridge_adapter.json: prefix must be a name, parts an object")
+    prefix, known = prefix_of(extra), extra.get("parts", {})
+    if not isinstance(known, dict):
+        raise AdapterFileError(f"bridge_adapter.json: parts must be an object, got {known!r:.80}")
     found: dict[str, Pair] = {}
     scales: dict[str, float] = {}
     steps: list[Step] = []
@@ -119,7 +108,7 @@ def from_megatron(
             found[fqn] = (pair[0][start:stop].clone(), (b / factor if factor != 1 else b).clone())
             scales[fqn] = alpha / pair[0].shape[0] * factor
             steps.append(Step(name=fqn, how=f"from {fused.rpartition('.')[2]}"))
-    return restored(found, scales, side, layout), steps
+    return restored(found, scales, extra, layout), steps
 
 
 def _one_scale(
@@ -240,7 +229,7 @@ def _split(
 def _columns(
     known: Any, rows: Mapping[str, Tensor], dim: int
 ) -> dict[str, tuple[int, int, float]] | None:
-    """What the side file says of each part, if it still holds: outside it, B is zero."""
+    """What `bridge_adapter.json` says of each part, if it still holds: outside it, B is zero."""
     if not isinstance(known, dict) or not known:
         return None
     columns: dict[str, tuple[int, int, float]] = {}

@@ -14,8 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bridge.peft.errors import AdapterFileError
-from bridge.peft.formats.convert.converted import Step, paired, restored
+from bridge.peft.formats.convert.converted import Halves, Step, restored
 from bridge.peft.formats.peft.adapter_file import AdapterFile
 
 _KEY = re.compile(
@@ -25,19 +24,19 @@ _KEY = re.compile(
 
 
 def from_plain(
-    tensors: Mapping[str, Tensor], side: Mapping[str, Any], alpha: float
+    tensors: Mapping[str, Tensor], extra: Mapping[str, Any], alpha: float
 ) -> tuple[AdapterFile, list[Step]]:
     """Give a bare state dict a config.
 
     Args:
         tensors: By key; weights of the base beside A and B are left out, and the steps say so.
-        side: A side file, if there is one.
+        extra: The decoded `bridge_adapter.json`, if there is one.
         alpha: `scale = alpha / rank`.
 
     Raises:
         AdapterFileError: There is no A and B, or they do not make pairs.
     """
-    halves: dict[str, dict[str, Tensor]] = {}
+    halves = Halves()
     left_out: list[str] = []
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key) if len(key) < 1000 else None
@@ -45,13 +44,15 @@ def from_plain(
             left_out.append(key)
             continue
         letter = match["m"].lower() if match["m"] else {"in": "a", "out": "b"}[match["side"]]
-        if letter in halves.setdefault(match["fqn"], {}):
-            raise AdapterFileError(f"{key[:80]!r} is there twice, under two names; remove one")
-        halves[match["fqn"]][letter] = tensor
-    pairs = paired(halves)
+        halves.add(match["fqn"], letter, tensor, key)
+    pairs = halves.pairs()
     scales = {fqn: alpha / a.shape[0] for fqn, (a, _) in pairs.items()}
     steps = [Step(name=fqn, how="renamed") for fqn in pairs]
     if left_out:
-        how = f"left out with {len(left_out) - 1} more: no A or B" if left_out[1:] else "left out"
+        how = (
+            f"left out with {len(left_out) - 1} more: neither A nor B"
+            if left_out[1:]
+            else "left out"
+        )
         steps.append(Step(name=left_out[0], how=how))
-    return restored(pairs, scales, side, None), steps
+    return restored(pairs, scales, extra, None), steps

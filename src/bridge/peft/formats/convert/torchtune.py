@@ -15,10 +15,17 @@ from typing import Any
 from torch import Tensor
 
 from bridge.peft.errors import AdapterError, AdapterFileError
-from bridge.peft.formats.convert.converted import Converted, Step, is_prefix, paired, restored
+from bridge.peft.formats.convert.converted import (
+    Converted,
+    Halves,
+    Step,
+    extra_of,
+    places,
+    prefix_of,
+    restored,
+)
 from bridge.peft.formats.convert.layout import AttentionLayout, interleave_halves, part_halves
 from bridge.peft.formats.peft.adapter_file import AdapterFile
-from bridge.peft.formats.peft.config import alpha_for
 
 #: By PEFT's name of a part of a layer.
 NAMES = {
@@ -31,9 +38,8 @@ NAMES = {
     "mlp.up_proj": "mlp.w3",
 }
 _BACK = {theirs: ours for ours, theirs in NAMES.items()}
-_HEAD = ("lm_head", "output")
+_HEAD, _TUNE_HEAD = "lm_head", "output"
 _ROTARY = ("attn.q_proj", "attn.k_proj")
-_PEFT_NAME = re.compile(r"(?P<prefix>.*\.)?layers\.(?P<layer>\d+)\.(?P<end>\w+\.\w+)")
 _TUNE_KEY = re.compile(
     r"(?:layers\.(?P<layer>\d+)\.)?(?P<end>\w+(?:\.\w+)?)\.lora_(?P<m>[ab])\.weight"
 )
@@ -49,46 +55,30 @@ def to_torchtune(adapter: AdapterFile, layout: AttentionLayout) -> Converted:
     Raises:
         AdapterError: A module has no counterpart.
     """
-    if adapter.whole:
-        raise AdapterError(
-            f"{next(iter(adapter.whole))} is saved whole, which a torchtune adapter cannot hold; "
-            "save it with the base model"
-        )
-    tensors: dict[str, Tensor] = {}
-    steps: list[Step] = []
-    prefixes: set[str] = set()
-    for fqn, (a, b) in adapter.tensors.items():
-        name, prefix = _tune_name(fqn)
-        prefixes |= prefix
-        if permuted := name.endswith(_ROTARY) and layout.interleaved:
-            b = interleave_halves(b, _even(layout, name, b))
-        tensors[f"{name}.lora_a.weight"], tensors[f"{name}.lora_b.weight"] = a, b.contiguous()
-        steps.append(Step(name=name, how="rows of B permuted" if permuted else "renamed"))
-    if len(prefixes) > 1:
-        raise AdapterError(f"the adapter covers {len(prefixes)} stacks of layers; convert one")
-    scales = {_tune_name(fqn)[0]: adapter.scale(fqn) for fqn in adapter.tensors}
-    ranks = {_tune_name(fqn)[0]: adapter.rank(fqn) for fqn in adapter.tensors}
-    if len(set(ranks.values())) > 1 or len(set(scales.values())) > 1:
+    prefix, found = places(adapter, (*NAMES, _HEAD), "torchtune")
+    scales = {adapter.scale(fqn) for fqn in adapter.tensors}
+    ranks = {adapter.rank(fqn) for fqn in adapter.tensors}
+    if len(ranks) > 1 or len(scales) > 1:
         raise AdapterError(
             "the modules differ in rank or scale, and a torchtune recipe has one lora_rank and one "
             "lora_alpha; resize the adapter to one rank first"
         )
-    fqn = next(iter(adapter.tensors))
-    side = {
-        "format": "torchtune",
-        "dim": adapter.rank(fqn),
-        "alpha": alpha_for(adapter.scale(fqn), adapter.rank(fqn)),
-        "dropout": adapter.parsed.lora_dropout,
-        "layout": layout.to_dict(),
-        "prefix": next(iter(prefixes), "model."),
-        "peft": {"config": adapter.config, "extra": adapter.extra},
-    }
-    return Converted(tensors=tensors, side=side, steps=steps)
+    tensors: dict[str, Tensor] = {}
+    steps: list[Step] = []
+    for fqn, (a, b) in adapter.tensors.items():
+        layer, end = found.get(fqn, (None, ""))
+        name = _TUNE_HEAD if layer is None else f"layers.{layer}.{NAMES[end]}"
+        if permuted := name.endswith(_ROTARY) and layout.interleaved:
+            b = interleave_halves(b, _even(layout, name, b))
+        tensors[f"{name}.lora_a.weight"], tensors[f"{name}.lora_b.weight"] = a, b.contiguous()
+        steps.append(Step(name=name, how=_how(permuted)))
+    extra = extra_of(adapter, layout, ranks.pop(), scales.pop(), format="torchtune", prefix=prefix)
+    return Converted(tensors=tensors, extra=extra, steps=steps)
 
 
 def from_torchtune(
     tensors: Mapping[str, Tensor],
-    side: Mapping[str, Any],
+    extra: Mapping[str, Any],
     layout: AttentionLayout,
     alpha: float,
 ) -> tuple[AdapterFile, list[Step]]:
@@ -96,50 +86,37 @@ def from_torchtune(
 
     Args:
         tensors: By key of the file.
-        side: Its side file; empty if it has none.
+        extra: Its decoded `bridge_adapter.json`; empty if it has none.
         layout: The model's attention layout.
         alpha: The recipe's `lora_alpha`; `scale = alpha / rank`.
 
     Raises:
-        AdapterFileError: A key, a shape or the side file is not right.
+        AdapterFileError: A key, a shape or `extra` is not right.
     """
-    prefix = side.get("prefix", "model.")
-    if not is_prefix(prefix):
-        raise AdapterFileError("bridge_adapter.json: prefix must be a name")
-    halves: dict[str, dict[str, Tensor]] = {}
+    prefix = prefix_of(extra)
+    halves = Halves()
     steps: list[Step] = []
     for key, tensor in tensors.items():
         match = _TUNE_KEY.fullmatch(key) if len(key) < 1000 else None
         name = match["end"] if match else ""
-        if match is None or name not in (_BACK if match["layer"] else (_HEAD[1],)):
+        if match is None or name not in (_BACK if match["layer"] else (_TUNE_HEAD,)):
             raise AdapterFileError(
-                f"{key[:80]!r} is no key of a torchtune adapter of a Llama type model; remove it"
+                f"{key[:80]!r} is not a key of a torchtune adapter of a Llama type model; remove it"
             )
-        if tensor.dim() != 2 or not tensor.numel():
-            raise AdapterFileError(f"{key[:80]!r} is no matrix; save the adapter again")
-        fqn = f"{prefix}layers.{match['layer']}.{_BACK[name]}" if match["layer"] else _HEAD[0]
-        permuted = name in _ROTARY and layout.interleaved
-        if match["m"] == "b":
-            steps.append(Step(name=fqn, how="rows of B permuted" if permuted else "renamed"))
-            if permuted:
-                tensor = part_halves(tensor, _even(layout, name, tensor)).contiguous()
-        halves.setdefault(fqn, {})[match["m"]] = tensor
-    pairs = paired(halves)
+        fqn = f"{prefix}layers.{match['layer']}.{_BACK[name]}" if match["layer"] else _HEAD
+        halves.add(fqn, match["m"], tensor, key)
+    pairs = halves.pairs()
+    for fqn, (a, b) in pairs.items():
+        name = NAMES.get(".".join(fqn.rsplit(".", 2)[1:]), "")
+        if permuted := name in _ROTARY and layout.interleaved:
+            pairs[fqn] = (a, part_halves(b, _even(layout, name, b)).contiguous())
+        steps.append(Step(name=fqn, how=_how(permuted)))
     scales = {fqn: alpha / a.shape[0] for fqn, (a, _) in pairs.items()}
-    return restored(pairs, scales, side, layout), steps
+    return restored(pairs, scales, extra, layout), steps
 
 
-def _tune_name(fqn: str) -> tuple[str, set[str]]:
-    """Torchtune's name of a module, and what stands before `layers` in ours."""
-    if fqn == _HEAD[0]:
-        return _HEAD[1], set()
-    match = _PEFT_NAME.fullmatch(fqn)
-    if match is None or match["end"] not in NAMES:
-        raise AdapterError(
-            f"{fqn} has no counterpart in torchtune; only q, k, v, o, gate, up and down "
-            "projections and the head of Llama and Qwen type models do"
-        )
-    return f"layers.{int(match['layer'])}.{NAMES[match['end']]}", {match["prefix"] or ""}
+def _how(permuted: bool) -> str:
+    return "rows of B permuted" if permuted else "renamed"
 
 
 def _even(layout: AttentionLayout, name: str, b: Tensor) -> int:

@@ -1,9 +1,9 @@
-"""Write a group of files so that a crash leaves all the old ones or all the new ones.
+"""Write files so that a crash leaves the old ones or the new ones: one file, or a group as one.
 
-The new files are staged in a directory beside the old ones and flushed. Renaming that directory
-is the commit. After it the files are moved to their places one by one; whoever reads or writes the
-directory after a crash in between finds the rest in the committed directory and takes it from
-there.
+The new files of a group are staged in a directory beside the old ones and flushed. Renaming that
+directory is the commit. After it the files are moved to their places one by one; whoever reads or
+writes the directory after a crash in between finds the rest in the committed directory and takes it
+from there.
 """
 
 from __future__ import annotations
@@ -24,6 +24,25 @@ COMMITTED = ".adapter.commit"
 _STAGING_PREFIX = ".adapter.staging-"
 _STALE_SECONDS = 3600.0
 _COMMIT_ATTEMPTS = 100
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a small file in one step: a reader sees the old content or the new one, never a part.
+
+    Args:
+        path: The file; its directory must exist.
+        content: What it is to hold.
+
+    Raises:
+        OSError: It cannot be written; what it held is still there.
+    """
+    staged = path.with_name(f".{path.name}.partial")
+    try:
+        _write_flushed(staged, content)
+        os.replace(staged, path)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
 
 
 def write_files(directory: Path, files: Mapping[str, bytes | memoryview]) -> None:
@@ -89,15 +108,19 @@ def _stage_and_commit(directory: Path, files: Mapping[str, bytes | memoryview]) 
     staging = Path(tempfile.mkdtemp(prefix=_STAGING_PREFIX, dir=directory))
     try:
         for name, content in files.items():
-            with open(staging / name, "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            _write_flushed(staging / name, content)
         _sync_directory(staging)
         _commit(staging, directory)
         _sync_directory(directory)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write_flushed(path: Path, content: bytes | memoryview) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _commit(staging: Path, directory: Path) -> None:

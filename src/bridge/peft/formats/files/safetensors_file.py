@@ -1,4 +1,4 @@
-"""Read and write safetensors files of unknown origin; nothing else is ever read.
+"""Safetensors files: headers of unknown origin read and checked, files of tensors written.
 
 A file is `u64 header size, header (JSON), tensor bytes`. The header is checked against the size of
 the file before any tensor is read.
@@ -6,37 +6,108 @@ the file before any tensor is read.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
+from safetensors import TensorSpec
 from torch import Tensor
 
-from bridge.peft.errors import AdapterFileError
+from bridge.peft.dtypes import SAFETENSORS_NAMES, dtype_name
+from bridge.peft.errors import AdapterError, AdapterFileError
 from bridge.peft.formats.files.untrusted import no_duplicates
+from bridge.peft.tensors import is_plain
 
+#: The floating dtypes by their names in a header.
+FLOATING = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
+#: What the safetensors library itself takes at most.
+_MAX_HEADER_BYTES = 100_000_000
 #: An adapter's header takes about 150 bytes per tensor; this is room for 200,000.
-MAX_HEADER_BYTES = 32_000_000
+_MAX_ADAPTER_HEADER_BYTES = 32_000_000
 _METADATA = "__metadata__"
+_DEFAULT_METADATA = {"format": "pt"}
 _MAX_SIZE = 2**40
 _MAX_KEY_LENGTH = 2_000
-#: The dtypes a LoRA matrix or a saved module may have, by their safetensors name.
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a safetensors file.
+
+    Attributes:
+        name: Its key.
+        dtype: Its safetensors dtype.
+        shape: Its shape.
+        start: Its first byte, counted from the end of the header.
+        end: The byte after its last.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says that it holds.
+
+    Attributes:
+        entries: Its tensors, in the order of their bytes.
+        metadata: Its `__metadata__`.
+        data_start: Where in the file the header ends.
+    """
+
+    entries: tuple[Entry, ...]
+    metadata: dict[str, str]
+    data_start: int
+
+
+def read_header(path: Path, file: BinaryIO, max_bytes: int = _MAX_HEADER_BYTES) -> Header:
+    """Read the header of a safetensors file and check it against the file's size.
+
+    Args:
+        path: The file's name, for errors.
+        file: The file, at its start.
+        max_bytes: The longest header to read.
+
+    Raises:
+        AdapterFileError: It is not a sound safetensors file.
+    """
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(max_bytes, size - 8):
+        raise _damaged(path, f"its header claims {length:,} bytes and the file has {size:,}")
+    try:
+        header = json.loads(file.read(length), object_pairs_hook=no_duplicates)
+        metadata = _metadata(header.pop(_METADATA, {}))
+        entries = sorted((_entry(*item) for item in header.items()), key=lambda e: (e.start, e.end))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise _damaged(path, f"its header cannot be read ({error})") from error
+    end = 0
+    for entry in entries:
+        if entry.start != end:
+            raise _damaged(path, f"{entry.name} starts at byte {entry.start}, not at {end}")
+        end = entry.end
+    if 8 + length + end != size:
+        raise _damaged(path, f"its tensors end at byte {8 + length + end:,} of {size:,}")
+    return Header(tuple(entries), metadata, 8 + length)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read all tensors of a safetensors file, on the CPU.
+    """Read all tensors of an adapter's safetensors file, on the CPU.
 
     Args:
         path: A regular file.
@@ -49,9 +120,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     try:
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            header = _read_header(path, file, size)
-            _check_header(path, header, size)
+            entries = read_header(path, file, _MAX_ADAPTER_HEADER_BYTES).entries
+            for entry in entries:
+                if entry.dtype not in FLOATING:
+                    raise AdapterFileError(
+                        f"{path}: {entry.name} is {entry.dtype!r:.20}; an adapter's tensors are "
+                        f"{', '.join(FLOATING)}"
+                    )
             file.seek(0)
             content = file.read()
     except (OSError, MemoryError) as error:
@@ -68,7 +143,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                 f"{path}: {key} holds NaN or inf; go back to an earlier checkpoint of the adapter"
             )
     # the library's own order changes from process to process
-    return {key: tensors[key] for key in header if key != _METADATA}
+    return {entry.name: tensors[entry.name] for entry in entries}
 
 
 def serialize(tensors: Mapping[str, Tensor]) -> bytes:
@@ -76,67 +151,78 @@ def serialize(tensors: Mapping[str, Tensor]) -> bytes:
 
     Args:
         tensors: By key; each gets bytes of its own, whatever it shares storage with.
+
+    Raises:
+        AdapterError: A tensor is not an ordinary one of a floating dtype, so the bytes at its
+            address are not its values.
     """
-    # Not by safetensors' own function, which needs numpy, and nothing else here does.
-    own = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
-    names = {dtype: name for name, dtype in _DTYPES.items()}
-    header: dict[str, Any] = {_METADATA: {"format": "pt"}}
-    data: list[bytes] = []
-    offset = 0
-    # wide elements first keeps every tensor aligned
-    for key in sorted(own, key=lambda key: (-own[key].element_size(), key)):
-        tensor = own[key]
-        end = offset + tensor.numel() * tensor.element_size()
-        header[key] = {
-            "dtype": names[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
+    # Not by `safetensors.torch`, which needs numpy and refuses tensors that share storage.
+    whole = {key: _ordinary(key, tensor) for key, tensor in tensors.items()}
+    specs = {
+        key: TensorSpec(
+            dtype=dtype_name(tensor.dtype),
+            shape=tensor.shape,
+            data_ptr=tensor.data_ptr(),
+            data_len=tensor.nbytes,
+        )
+        for key, tensor in whole.items()
+    }
+    return bytes(safetensors.serialize(specs, metadata=_DEFAULT_METADATA))
+
+
+def header_bytes(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes:
+    """The start of a safetensors file whose tensors are written piece by piece.
+
+    Args:
+        entries: Its tensors.
+        metadata: Its `__metadata__`; transformers asks for `{"format": "pt"}`.
+    """
+    header: dict[str, Any] = {_METADATA: dict(metadata) or _DEFAULT_METADATA}
+    for entry in entries:
+        header[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [entry.start, entry.end],
         }
-        data.append(ctypes.string_at(tensor.data_ptr(), end - offset))
-        offset = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return b"".join((len(text).to_bytes(8, "little"), text, *data))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors are aligned to eight bytes
+    return len(text).to_bytes(8, "little") + text
 
 
-def _read_header(path: Path, file: Any, size: int) -> dict[str, Any]:
-    prefix = file.read(8)
-    if len(prefix) < 8:
-        raise _damaged(path, f"it has {size} bytes")
-    length = int.from_bytes(prefix, "little")
-    if length > min(MAX_HEADER_BYTES, size - 8):
-        raise _damaged(path, f"its header claims {length:,} bytes and the file has {size:,}")
-    try:
-        header = json.loads(file.read(length), object_pairs_hook=no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"its header is no valid JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise _damaged(path, f"its header is a {type(header).__name__}")
-    return header
+def _metadata(value: Any) -> dict[str, str]:
+    match value:
+        case dict() if all(isinstance(text, str) for text in value.values()):
+            return value
+    raise ValueError(f"its metadata is {value!r:.80}, not an object of texts")
 
 
-def _check_header(path: Path, header: dict[str, Any], size: int) -> None:
-    """Check names, dtypes, shapes and offsets against each other and the size of the file."""
-    for key, entry in header.items():
-        if key == _METADATA:
-            continue
-        if not key.isprintable() or len(key) > _MAX_KEY_LENGTH:
-            raise _damaged(path, f"it holds the key {key[:80]!r}")
-        match entry:
-            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(end)]}:
-                pass
-            case _:
-                raise _damaged(path, f"the entry of {key!r} has no dtype, shape and offsets")
-        if dtype not in _DTYPES:
-            raise AdapterFileError(
-                f"{path}: {key} is {dtype!r:.20}; an adapter's tensors are {', '.join(_DTYPES)}"
-            )
-        if not all(type(n) is int and 0 <= n < _MAX_SIZE for n in shape):
-            raise _damaged(path, f"{key} has the shape {shape}")
-        if not 0 <= start <= end <= size or end - start != prod(shape) * _DTYPES[dtype].itemsize:
-            raise _damaged(path, f"{key} has the offsets {start}, {end} for the shape {shape}")
+def _entry(name: str, value: dict[str, Any]) -> Entry:
+    """One tensor, its key, dtype, shape and offsets checked against each other."""
+    if not name.isprintable() or len(name) > _MAX_KEY_LENGTH:
+        raise ValueError(f"it holds the key {name[:80]!r}")
+    shape, (start, end), dtype = tuple(value["shape"]), value["data_offsets"], value["dtype"]
+    if not all(type(n) is int and 0 <= n < _MAX_SIZE for n in (*shape, start, end)):
+        raise ValueError(f"{name} has the shape {shape} and the offsets {start}, {end}")
+    if not isinstance(dtype, str):
+        raise ValueError(f"{name} has the dtype {dtype!r:.80}")
+    itemsize = FLOATING[dtype].itemsize if dtype in FLOATING else None
+    if end < start or (itemsize and end - start != prod(shape) * itemsize):
+        raise ValueError(f"{name} has the offsets {start}, {end} for the shape {list(shape)}")
+    return Entry(name, dtype, shape, start, end)
+
+
+def _ordinary(key: str, tensor: Tensor) -> Tensor:
+    """The tensor, contiguous and on the CPU."""
+    tensor, strided = tensor.detach(), tensor.layout == torch.strided
+    if not (is_plain(tensor) and strided and tensor.dtype in SAFETENSORS_NAMES):
+        layout = "" if strided else f" in layout {tensor.layout}"
+        raise AdapterError(
+            f"cannot write {key}: it is a {type(tensor).__name__} of {tensor.dtype}{layout}; pass "
+            f"an ordinary tensor of {', '.join(map(dtype_name, SAFETENSORS_NAMES))}"
+        )
+    return tensor.to("cpu").contiguous()
 
 
 def _damaged(path: Path, what: str) -> AdapterFileError:
     text = "".join(c if c.isprintable() else " " for c in what)[:300]
-    return AdapterFileError(f"{path} is damaged: {text}; download or save the adapter again")
+    return AdapterFileError(f"{path} is damaged: {text}; download or save it again")

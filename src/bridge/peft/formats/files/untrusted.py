@@ -48,7 +48,7 @@ def checked_path(directory: Path, name: str) -> Path:
     """
     path = current_path(directory, name)
     if path.exists() and not path.is_file():
-        raise AdapterFileError(f"{path} is no regular file; save the adapter again")
+        raise AdapterFileError(f"{path} is not a regular file; save the adapter again")
     if not path.exists():
         pickle = directory / "adapter_model.bin"
         if name == TENSORS_NAME and pickle.exists():
@@ -67,14 +67,15 @@ def checked_path(directory: Path, name: str) -> Path:
     return path
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, infinity: bool = False) -> dict[str, Any]:
     """The object in a JSON file of unknown origin.
 
     Args:
         path: The file.
+        infinity: Whether `Infinity` and `NaN` may be in it, as Python writes them.
 
     Raises:
-        AdapterFileError: It is too large, no JSON, or no object.
+        AdapterFileError: It is too large, not JSON, or not an object.
     """
     try:
         with open(path, "rb") as file:
@@ -85,18 +86,21 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from error
     if len(content) > _MAX_JSON_BYTES:
         raise AdapterFileError(
-            f"{path} is larger than {_MAX_JSON_BYTES:,} bytes; save the adapter again"
+            f"{path} is larger than {_MAX_JSON_BYTES:,} bytes; download or save it again"
         )
     try:
+        constant = None if infinity else _no_constant
         value = json.loads(
-            content.decode(), parse_constant=_no_constant, object_pairs_hook=no_duplicates
+            content.decode(), parse_constant=constant, object_pairs_hook=no_duplicates
         )
     except (ValueError, RecursionError) as error:
         raise AdapterFileError(
-            f"{path} is no valid JSON ({error}); save the adapter again"
+            f"{path} is not valid JSON ({error}); download or save it again"
         ) from error
     if not isinstance(value, dict):
-        raise AdapterFileError(f"{path} must hold an object, got a {type(value).__name__}")
+        raise AdapterFileError(
+            f"{path} must hold an object, got a {type(value).__name__}; download or save it again"
+        )
     return value
 
 
@@ -118,7 +122,7 @@ def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 def json_bytes(value: dict[str, Any]) -> bytes:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from bridge.peft.errors import AdapterFileError
-from bridge.peft.formats.files.atomic import COMMITTED, current_path, write_files
+from bridge.peft.formats.files.atomic import COMMITTED, write_files
 from bridge.peft.formats.files.safetensors_file import read_tensors, serialize
 from bridge.peft.formats.files.untrusted import (
     CONFIG_NAME,
@@ -25,8 +25,7 @@ from bridge.peft.formats.files.untrusted import (
     reading,
 )
 from bridge.peft.formats.peft.config import PeftConfig, parse_config, scale_of
-from bridge.peft.formats.peft.side_file import check_side_file
-from bridge.peft.formats.peft.targets import is_target
+from bridge.peft.formats.peft.extra import check_extra, read_extra
 
 KEY_PREFIX = "base_model.model."
 _SUFFIXES = (".lora_A.weight", ".lora_B.weight")
@@ -96,29 +95,51 @@ def read_adapter(directory: str | Path) -> AdapterFile:
     Raises:
         AdapterFileError: Something is missing, damaged, contradictory or cannot be honoured.
     """
-    with reading(Path(directory)):
-        return _read_adapter(Path(directory))
+    directory = Path(directory)
+    with reading(directory):
+        if not directory.is_dir():
+            raise AdapterFileError(
+                f"{directory} is not an adapter directory; pass one that holds {CONFIG_NAME}"
+            )
+        warn_if_interrupted(directory)
+        config = read_json(checked_path(directory, CONFIG_NAME))
+        extra = read_extra(directory)
+        tensors = read_tensors(checked_path(directory, TENSORS_NAME))
+    return adapter_from(config, extra, tensors)
 
 
-def _read_adapter(directory: Path) -> AdapterFile:
-    if not directory.is_dir():
-        raise AdapterFileError(
-            f"{directory} is no adapter directory; pass one that holds {CONFIG_NAME}"
-        )
-    config = read_json(checked_path(directory, CONFIG_NAME))
-    parsed = parse_config(config)
-    extra: dict[str, Any] = {}
+def warn_if_interrupted(directory: Path) -> None:
+    """Say where the files are read from after a crash between a commit and the moves.
+
+    Args:
+        directory: An adapter directory.
+    """
     if (directory / COMMITTED).is_dir():
         warnings.warn(
-            f"a save into {directory} was interrupted; its files in {COMMITTED} are read, and the "
-            "next save puts them in their places",
+            f"a save into {directory} was interrupted; its files in {COMMITTED} are read, and "
+            "the next save puts them in their places",
             stacklevel=3,
         )
-    # a link to nothing or a directory in its place is an error, not a file that is not there
-    if os.path.lexists(current_path(directory, EXTRA_NAME)):
-        extra = read_json(checked_path(directory, EXTRA_NAME))
-    tensors, whole = split_keys(read_tensors(checked_path(directory, TENSORS_NAME)), parsed)
-    adapter = AdapterFile(config=config, tensors=tensors, extra=extra, whole=whole)
+
+
+def adapter_from(
+    config: dict[str, Any], extra: dict[str, Any], tensors: Mapping[str, Tensor]
+) -> AdapterFile:
+    """An adapter out of the decoded contents of its files.
+
+    Args:
+        config: `adapter_config.json`.
+        extra: `bridge_adapter.json`.
+        tensors: `adapter_model.safetensors`, by key.
+
+    Raises:
+        AdapterFileError: They do not make an adapter, or one that cannot be honoured.
+    """
+    adapter = AdapterFile(config=config, tensors={}, extra=extra)
+    parsed = adapter.parsed  # a config of another method explains strange keys, so it comes first
+    pairs, rest = split_keys(tensors)
+    adapter.tensors.update(pairs)
+    adapter.whole.update(_whole_tensors(rest, pairs, parsed))
     check_adapter(adapter)
     return adapter
 
@@ -129,15 +150,30 @@ def check_adapter(adapter: AdapterFile) -> None:
     Args:
         adapter: What was read or converted.
     """
-    check_side_file(adapter.extra)
+    check_extra(adapter.extra)
+    parsed = adapter.parsed
     for fqn, (a, b) in adapter.tensors.items():
         if not fqn.isprintable() or len(fqn) > MAX_NAME_LENGTH:
-            raise AdapterFileError(f"{fqn[:80]!r} is no name of a module; save the adapter again")
-        _check_shapes(adapter.parsed, fqn, a, b)
-        if adapter.parsed.targets is not None and not is_target(adapter.parsed, fqn):
+            raise AdapterFileError(f"{fqn[:80]!r} is not a module's name; save the adapter again")
+        _check_shapes(parsed, fqn, a, b)
+        if parsed.target_modules is not None and not parsed.is_target(fqn):
             raise AdapterFileError(
-                f"the file has tensors for {fqn}, which target_modules does not match; mend "
+                f"the file has tensors for {fqn}, which target_modules does not match; fix "
                 "target_modules or save the adapter again"
+            )
+
+
+def check_new(directory: str | Path) -> None:
+    """Raise `AdapterFileError` unless a directory is not there yet, or empty.
+
+    Args:
+        directory: Where an adapter is to be written.
+    """
+    with reading(Path(directory)):
+        is_new = not os.path.lexists(directory)
+        if not is_new and (not os.path.isdir(directory) or os.listdir(directory)):
+            raise AdapterFileError(
+                f"{directory} already exists and is not empty; pass a new directory as the output"
             )
 
 
@@ -171,7 +207,7 @@ def write_adapter(adapter: AdapterFile, directory: str | Path) -> Path:
 
 
 def split_keys(
-    tensors: Mapping[str, Tensor], config: PeftConfig
+    tensors: Mapping[str, Tensor],
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """Sort the tensors of a PEFT file by module.
 
@@ -179,13 +215,12 @@ def split_keys(
 
     Args:
         tensors: By key of the file.
-        config: The file's config.
 
     Returns:
-        A and B by module, and the tensors that are saved whole.
+        A and B by module, and the other tensors by name.
 
     Raises:
-        AdapterFileError: A key is none of these, or one of A and B is missing.
+        AdapterFileError: A key is not below PEFT's prefix, or one of A and B is missing.
     """
     halves: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
     rest: dict[str, Tensor] = {}
@@ -193,7 +228,7 @@ def split_keys(
         name = key.removeprefix(KEY_PREFIX)
         if name == key or len(name) > MAX_NAME_LENGTH:
             raise AdapterFileError(
-                f"{TENSORS_NAME} holds {key[:80]!r}, which is no name below {KEY_PREFIX!r}; if "
+                f"{TENSORS_NAME} holds {key[:80]!r}, which is not a name below {KEY_PREFIX!r}; if "
                 "another tool wrote it, bridge-peft convert may read it"
             )
         for half, suffix in zip(halves, _SUFFIXES, strict=True):
@@ -205,18 +240,18 @@ def split_keys(
     for (letter, half), other in zip(zip("AB", halves, strict=True), reversed(halves), strict=True):
         if single := sorted(half.keys() - other.keys()):
             raise AdapterFileError(
-                f"{TENSORS_NAME} holds only the {letter} of {_some(single)}; save the adapter again"
+                f"{TENSORS_NAME} holds only the {letter} of {single[0]} ({len(single)} such "
+                "modules); save the adapter again"
             )
     if not halves[0]:
         raise AdapterFileError(f"{TENSORS_NAME} holds no LoRA tensor; save the adapter again")
-    whole = _whole_tensors(rest, halves[0], config)
-    return {fqn: (halves[0][fqn], halves[1][fqn]) for fqn in halves[0]}, whole
+    return {fqn: (halves[0][fqn], halves[1][fqn]) for fqn in halves[0]}, rest
 
 
 def _whole_tensors(
     rest: Mapping[str, Tensor], adapted: Collection[str], config: PeftConfig
 ) -> dict[str, Tensor]:
-    """What is no A or B, by name in the base model; `AdapterFileError` if the config is silent."""
+    """What is neither A nor B, by name in the base model; an error if the config is silent."""
     whole: dict[str, Tensor] = {}
     for name, tensor in rest.items():
         fqn, found, last = name.rpartition(_BASE)
@@ -231,7 +266,7 @@ def _whole_tensors(
 
 
 def _is_declared(name: str, config: PeftConfig) -> bool:
-    """Whether the config accounts for a tensor that is no A or B."""
+    """Whether the config accounts for a tensor that is neither A nor B."""
     if config.bias != "none" and name.endswith(".bias"):
         return True
     parts = name.split(".")
@@ -252,10 +287,5 @@ def _check_shapes(config: PeftConfig, fqn: str, a: Tensor, b: Tensor) -> None:
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != rank or b.shape[1] != rank:
         raise AdapterFileError(
             f"{fqn}: the config gives it rank {rank}, the file A {tuple(a.shape)} and B "
-            f"{tuple(b.shape)}; mend r or rank_pattern, or save the adapter again"
+            f"{tuple(b.shape)}; fix r or rank_pattern, or save the adapter again"
         )
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

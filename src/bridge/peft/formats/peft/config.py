@@ -1,53 +1,46 @@
-"""`adapter_config.json` of Hugging Face PEFT: what it says, checked field by field."""
+"""`adapter_config.json` of Hugging Face PEFT: read and checked field by field, and written."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from bridge.peft.errors import AdapterFileError
-from bridge.peft.formats.peft.names import NameEnds, NameMatcher, NameRegex, Pattern
-from bridge.peft.formats.peft.safe_regex import BoundedRegex, Budget
+from bridge.peft.formats.peft.fields import checked_fields, wrong
+from bridge.peft.formats.peft.names import NameMatcher, Pattern, most_common_and_exceptions
+from bridge.peft.formats.peft.regexes import Budget
 
-#: Largest rank that a file may ask for.
-MAX_RANK = 65_536
-#: Most entries that a list or a pattern of the config may have.
-MAX_ENTRIES = 20_000
-_MAX_LAYER = 100_000
-
-#: Fields that change nothing about the function of the adapter.
-_IGNORED = frozenset(
-    (
-        *("auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core"),
-        *("peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config"),
-        *("task_type", "eva_config"),
-    )
-)
-#: Fields that must stay off, and what they would switch on.
-_REFUSED = {
-    "alora_invocation_tokens": "activated LoRA (aLoRA)",
-    "arrow_config": "Arrow routing",
-    "corda_config": "CorDA",
-    "ensure_weight_tying": "adapters tied between modules",
-    "kasa_config": "KaSA",
-    "layer_replication": "replicated layers",
-    "loftq_config": "LoftQ, which changes the base weights",
-    "lora_bias": "a bias on B",
-    "lora_ga_config": "LoRA-GA, which changes the base weights",
-    "megatron_config": "Megatron parallel layers",
-    "monteclora_config": "Monte Carlo LoRA",
-    "target_parameters": "adapters on parameters that are not a linear's weight",
-    "trainable_token_indices": "trained token embeddings",
-    "use_bdlora": "block-diagonal LoRA",
-    "use_dora": "DoRA",
-    "use_qalora": "QALoRA",
-    "velora_config": "VeLoRA",
+#: The fields of PEFT's `LoraConfig` that every version since 0.14 knows, at their defaults. Newer
+#: ones are left out at their defaults, so that older versions read the file without a warning.
+_DEFAULTS: dict[str, Any] = {
+    "alpha_pattern": {},
+    "auto_mapping": None,
+    "bias": "none",
+    "corda_config": None,
+    "eva_config": None,
+    "exclude_modules": None,
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "lora_bias": False,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "modules_to_save": None,
+    "peft_type": "LORA",
+    "rank_pattern": {},
+    "revision": None,
+    "task_type": None,
+    "base_model_name_or_path": None,
+    "lora_dropout": 0.0,
+    "use_dora": False,
+    "use_rslora": False,
 }
-#: `init_lora_weights` that leave the base as it is; what A and B are the file says anyway.
-_HARMLESS_INITS = ("gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,32 +50,69 @@ class PeftConfig:
     Attributes:
         r: Rank where `rank_pattern` says nothing.
         lora_alpha: Alpha where `alpha_pattern` says nothing.
-        targets: Which modules are adapted; None for `"all-linear"`.
-        lora_dropout: Probability that an element of a branch's input is dropped.
-        use_rslora: `scale = alpha / sqrt(r)`.
-        excluded: Which modules are not.
-        layers_to_transform: Indices of the layers to adapt; None for all.
-        layers_pattern: Names, of dotted parts, of the module lists that hold the layers.
+        target_modules: Which modules are adapted; None for `"all-linear"`.
+        exclude_modules: Which modules are not.
         rank_pattern: Ranks by regex on the end of the name.
         alpha_pattern: Alphas likewise.
+        lora_dropout: Probability that an element of a branch's input is dropped.
+        use_rslora: `scale = alpha / sqrt(r)`.
+        layers_to_transform: Indices of the layers to adapt; empty for all.
+        layers_pattern: Names, of dotted parts, of the module lists that hold the layers.
         modules_to_save: Ends of the names of modules that are saved whole.
         bias: `"none"`, `"lora_only"` or `"all"`: which biases the file holds.
-        fan_in_fan_out: Whether the base stores its weights as (in_features, out_features).
+        fan_in_fan_out: Whether the base's weights are transposed, (in_features, out_features).
     """
 
     r: int
     lora_alpha: float
-    targets: NameMatcher | None
+    target_modules: NameMatcher | None
+    exclude_modules: NameMatcher
     rank_pattern: Pattern[int]
     alpha_pattern: Pattern[float]
     lora_dropout: float = 0.0
     use_rslora: bool = False
-    excluded: NameMatcher = field(default_factory=NameEnds)
-    layers_to_transform: tuple[int, ...] | None = None
+    layers_to_transform: frozenset[int] = frozenset()
     layers_pattern: tuple[str, ...] = ()
     modules_to_save: tuple[str, ...] = ()
     bias: str = "none"
     fan_in_fan_out: bool = False
+
+    def is_target(self, fqn: str) -> bool:
+        """Whether PEFT would adapt the module of this name; `"all-linear"` needs the model.
+
+        Args:
+            fqn: A fully qualified name.
+        """
+        assert self.target_modules is not None
+        if self.is_excluded(fqn) or fqn not in self.target_modules:
+            return False
+        # PEFT looks at the layer only where the whole name is not listed
+        if not self.layers_to_transform or fqn in self.target_modules.names:
+            return True
+        return _layer_of(fqn, self.layers_pattern) in self.layers_to_transform
+
+    def is_excluded(self, fqn: str) -> bool:
+        """Whether the config keeps the module of this name from being adapted.
+
+        Args:
+            fqn: A fully qualified name.
+        """
+        dotted = f".{fqn}."
+        saved = any(f".{name}." in dotted for name in self.modules_to_save)
+        return saved or fqn in self.exclude_modules
+
+
+def _layer_of(fqn: str, patterns: tuple[str, ...]) -> int | None:
+    """The first number in a name that stands behind one of the patterns, or behind any part."""
+    parts = fqn.split(".")
+    for pattern in patterns:
+        lists = pattern.split(".")
+        for i in range(len(lists), len(parts) - 1):
+            if parts[i - len(lists) : i] == lists and parts[i].isdecimal():
+                return int(parts[i])
+    # with no pattern PEFT wants two parts before the number
+    rest = () if patterns else parts[2:-1]
+    return next((int(part) for part in rest if part.isdecimal()), None)
 
 
 def parse_config(config: Any) -> PeftConfig:
@@ -95,54 +125,29 @@ def parse_config(config: Any) -> PeftConfig:
         AdapterFileError: A field has a wrong type or a value that cannot be honoured.
     """
     if not isinstance(config, dict):
-        raise _wrong("the file", config, "an object")
-    if config.get("peft_type") != "LORA":
-        raise AdapterFileError(
-            f"adapter_config.json: peft_type is {_show(config.get('peft_type'))}; only 'LORA' can "
-            "be read"
-        )
-    _refuse_what_cannot_be_honoured(config)
-    values = {
-        name: check(name, config[name])
-        for name, check in _CHECKS.items()
-        if config.get(name) is not None
-    }
-    _check_targets_given(values)
-    budget = Budget()
-    targets = values.pop("target_modules")
-    is_all = isinstance(targets, str) and targets.lower() == "all-linear"
-    excluded = values.pop("exclude_modules", ())
-    patterns = {
-        name: Pattern(values.pop(name, {}), f"adapter_config.json: {name}", budget)
-        for name in ("rank_pattern", "alpha_pattern")
-    }
-    # 8 is PEFT's own default for both
-    return PeftConfig(
-        r=values.pop("r", 8),
-        lora_alpha=values.pop("lora_alpha", 8),
-        targets=None if is_all else _matcher("target_modules", targets, budget),
-        excluded=_matcher("exclude_modules", excluded, budget),
-        **patterns,
-        **values,
-    )
-
-
-def _check_targets_given(values: dict[str, Any]) -> None:
-    if not values.get("target_modules"):
+        raise wrong("the file", config, "an object")
+    values = checked_fields(config)
+    targets = values.get("target_modules")
+    if not targets:
         raise AdapterFileError(
             "adapter_config.json: target_modules is empty; list the names of the adapted modules"
         )
-    if isinstance(values["target_modules"], str) and values.get("layers_to_transform"):
+    if isinstance(targets, str) and values.get("layers_to_transform"):
         raise AdapterFileError(
             "adapter_config.json: layers_to_transform needs target_modules as a list; write the "
             "layers into the regex instead"
         )
-
-
-def _matcher(name: str, value: str | tuple[str, ...], budget: Budget) -> NameMatcher:
-    if isinstance(value, str):
-        return NameRegex(BoundedRegex(value, f"adapter_config.json: {name}", budget))
-    return NameEnds(value)
+    values["layers_to_transform"] = frozenset(values.get("layers_to_transform", ()))
+    budget = Budget()
+    # 8 is PEFT's own default for both
+    values = {"r": 8, "lora_alpha": 8, "exclude_modules": ()} | values
+    for name in ("target_modules", "exclude_modules"):
+        values[name] = NameMatcher(values[name], f"adapter_config.json: {name}", budget)
+    for name in ("rank_pattern", "alpha_pattern"):
+        values[name] = Pattern(values.get(name, {}), f"adapter_config.json: {name}", budget)
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        values["target_modules"] = None
+    return PeftConfig(**values)
 
 
 def scale_of(alpha: float, rank: int, use_rslora: bool) -> float:
@@ -153,126 +158,38 @@ def scale_of(alpha: float, rank: int, use_rslora: bool) -> float:
 def alpha_for(scale: float, rank: int, use_rslora: bool = False) -> float:
     """The alpha that gives a scale at a rank, exactly wherever a float can say so."""
     alpha = scale * (math.sqrt(rank) if use_rslora else rank)
-    around = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
-    return next((a for a in around if scale_of(a, rank, use_rslora) == scale), alpha)
+    near = (math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+    return next(
+        (a for a in (round(alpha), alpha, *near) if scale_of(a, rank, use_rslora) == scale), alpha
+    )
 
 
-def _refuse_what_cannot_be_honoured(config: dict[str, Any]) -> None:
-    for name, value in config.items():
-        if name in _CHECKS or name in _IGNORED or name == "init_lora_weights":
-            continue
-        if value in (None, False, "", [], {}):
-            continue
-        what = _REFUSED.get(name)
-        shown = name if name.isidentifier() else _show(name)
-        meaning = f"means {what}, which" if what else "is a field that"
-        raise AdapterFileError(
-            f"adapter_config.json: {shown}={_show(value)} {meaning} cannot be honoured here; merge "
-            "the adapter with the tool that made it"
-        )
-    init = config.get("init_lora_weights")
-    if not (init is None or isinstance(init, bool) or init in _HARMLESS_INITS):
-        raise AdapterFileError(
-            f"adapter_config.json: init_lora_weights={_show(init)} changes the base weights, so "
-            "the adapter does not fit the plain base; save it again in PEFT with "
-            "path_initial_model_for_weight_conversion"
-        )
+def new_config(
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    target_modules: list[str] | str,
+    **fields: Any,
+) -> dict[str, Any]:
+    """A PEFT LoRA config.
+
+    Args:
+        ranks: By fully qualified name; the most common becomes `r`, others `rank_pattern`.
+        alphas: Likewise for `lora_alpha` and `alpha_pattern`.
+        target_modules: Names or a regex.
+        **fields: Other fields of the config, in place of PEFT's defaults.
+    """
+    rank, rank_pattern = most_common_and_exceptions(ranks)
+    alpha, alpha_pattern = most_common_and_exceptions({f: _as_int(a) for f, a in alphas.items()})
+    return {
+        **_DEFAULTS,
+        "r": rank,
+        "rank_pattern": rank_pattern,
+        "lora_alpha": alpha,
+        "alpha_pattern": alpha_pattern,
+        "target_modules": target_modules,
+        **fields,
+    }
 
 
-def _rank(name: str, value: Any) -> int:
-    if type(value) is not int or not 1 <= value <= MAX_RANK:
-        raise _wrong(name, value, f"an integer from 1 to {MAX_RANK}")
-    return value
-
-
-def _alpha(name: str, value: Any) -> float:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not abs(value) <= 1e9:
-        raise _wrong(name, value, "a finite number of at most 1e9")
-    return value
-
-
-def _dropout(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise _wrong(name, value, "a number in [0, 1)")
-    return value
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise _wrong(name, value, "true or false")
-    return value
-
-
-def _bias(name: str, value: Any) -> str:
-    if value not in ("none", "lora_only", "all"):
-        raise _wrong(name, value, "'none', 'lora_only' or 'all'")
-    return value
-
-
-def _name_list(name: str, value: Any) -> tuple[str, ...]:
-    if (
-        not isinstance(value, list)
-        or len(value) > MAX_ENTRIES
-        or not all(isinstance(item, str) and 0 < len(item) <= 1000 for item in value)
-    ):
-        raise _wrong(name, value, "a list of names")
-    return tuple(value)
-
-
-def _names_or_regex(name: str, value: Any) -> str | tuple[str, ...]:
-    return value if isinstance(value, str) else _name_list(name, value)
-
-
-def _plain_names(name: str, value: Any) -> tuple[str, ...]:
-    values = _name_list(name, [value] if isinstance(value, str) else value)
-    if not all(re.fullmatch(r"[\w.-]+", item) for item in values):
-        raise _wrong(name, value, "names of modules (letters, digits, dots)")
-    return values
-
-
-def _layer_indices(name: str, value: Any) -> tuple[int, ...] | None:
-    indices = [value] if type(value) is int else value
-    if (
-        not isinstance(indices, list)
-        or len(indices) > MAX_ENTRIES
-        or not all(type(index) is int and 0 <= index < _MAX_LAYER for index in indices)
-    ):
-        raise _wrong(name, value, "a layer's index or a list of them")
-    return tuple(indices) or None
-
-
-def _pattern(check: Callable[[str, Any], Any]) -> Callable[[str, Any], dict[str, Any]]:
-    def check_pattern(name: str, value: Any) -> dict[str, Any]:
-        if not isinstance(value, dict) or len(value) > MAX_ENTRIES:
-            raise _wrong(name, value, f"an object of at most {MAX_ENTRIES} entries")
-        return {key: check(f"{name}[{key[:80]!r}]", item) for key, item in value.items()}
-
-    return check_pattern
-
-
-#: The fields that are honoured, each with the check of its value.
-_CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "r": _rank,
-    "lora_alpha": _alpha,
-    "lora_dropout": _dropout,
-    "use_rslora": _flag,
-    "target_modules": _names_or_regex,
-    "exclude_modules": _names_or_regex,
-    "layers_to_transform": _layer_indices,
-    "layers_pattern": _plain_names,
-    "rank_pattern": _pattern(_rank),
-    "alpha_pattern": _pattern(_alpha),
-    "modules_to_save": _plain_names,
-    "bias": _bias,
-    "fan_in_fan_out": _flag,
-}
-
-
-def _wrong(name: str, value: Any, wanted: str) -> AdapterFileError:
-    return AdapterFileError(f"adapter_config.json: {name} must be {wanted}, got {_show(value)}")
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _as_int(value: float) -> float:
+    return int(value) if float(value).is_integer() else float(value)

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.errors import AdapterError
 from bridge.peft.formats.peft.adapter_file import AdapterFile
-from bridge.peft.formats.peft.config import alpha_for, scale_of
+from bridge.peft.formats.peft.config import alpha_for, new_config, scale_of
 from bridge.peft.formats.peft.fingerprint import fingerprint
-from bridge.peft.formats.peft.new_config import new_config
+from bridge.peft.formats.peft.names import choose_targets
 from bridge.peft.formats.peft.saved_whole import whole_of
-from bridge.peft.formats.peft.targets import choose_targets
 from bridge.peft.model.walk import adapted_modules, base_modules, unwrap
+from bridge.peft.tensors import full_tensor
 from bridge.peft.version import __version__
 
 
@@ -54,16 +54,10 @@ def adapter_of(model: nn.Module) -> AdapterFile:
         **whole_fields,
     )
     tensors = {
-        fqn: (gathered(layer.lora_a.weight), gathered(layer.lora_b.weight))
+        fqn: (full_tensor(layer.lora_a.weight), full_tensor(layer.lora_b.weight))
         for fqn, layer in layers.items()
     }
     return AdapterFile(config=config, tensors=tensors, extra=extra, whole=whole)
-
-
-def gathered(tensor: Tensor) -> Tensor:
-    """The whole of a tensor, detached; every rank must call for a sharded one."""
-    gather = getattr(tensor, "full_tensor", None)
-    return (tensor if gather is None else gather()).detach()
 
 
 def _layers(model: nn.Module) -> dict[str, LoRAMixin]:

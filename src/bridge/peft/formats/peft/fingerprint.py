@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from bridge.peft.branch.mixin import LoRAMixin
+from bridge.peft.dtypes import dtype_name
 from bridge.peft.errors import AdapterFileError
+from bridge.peft.tensors import is_plain
 
 #: Values of each weight that are hashed.
 HASHED_VALUES = 2048
@@ -36,7 +38,7 @@ def fingerprint(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
     return {
         fqn: {
             "shape": list(weight.shape),
-            "dtype": str(weight.dtype).removeprefix("torch."),
+            "dtype": dtype_name(weight.dtype),
             "hash": _hash(weight),
         }
         for fqn, module in modules.items()
@@ -95,7 +97,7 @@ def _base_weight(module: nn.Module) -> Tensor | None:
         return None
     data = weight.detach()
     # a subclass (sharded, torchao's, fp8) has no bytes of its own to look at
-    return data if type(data) is Tensor else None
+    return data if is_plain(data) else None
 
 
 def _hash(weight: Tensor) -> str:

@@ -7,18 +7,20 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from bridge.peft.branch.kinds import Conv1DAdapter, LinearAdapter
 from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.branch.options import BranchOptions
-from bridge.peft.branch.registry import check_adaptable, features, unsupported_reason
+from bridge.peft.branch.registry import check_adaptable, features, kind_of, unsupported_reason
 from bridge.peft.dtypes import sound_dtype
 from bridge.peft.errors import AdapterError, AdapterFileError, AlreadyAdaptedError
 from bridge.peft.formats.peft.adapter_file import AdapterFile
+from bridge.peft.formats.peft.config import PeftConfig
+from bridge.peft.formats.peft.extra import branch_settings
 from bridge.peft.formats.peft.saved_whole import check_whole
-from bridge.peft.formats.peft.side_file import branch_settings
-from bridge.peft.formats.peft.targets import targets
 from bridge.peft.model.adapt import check_can_be_adapted
 from bridge.peft.model.trained_parameters import trained_whole
 from bridge.peft.model.walk import adapted_modules, base_modules
+from bridge.peft.targets import output_heads
 
 #: A module to load into, with its name and the options of its branch.
 Planned = tuple[str, nn.Module, BranchOptions]
@@ -58,31 +60,31 @@ def plan_load(adapter: AdapterFile, model: nn.Module) -> tuple[list[Planned], bo
 def _check_same_adapter(
     adapter: AdapterFile, present: Mapping[str, nn.Module], model: nn.Module
 ) -> None:
-    mend = "load into the base model, or into one adapted alike"
+    fix = "load into the base model, or into one adapted alike"
     if differing := sorted(present.keys() ^ adapter.tensors.keys()):
         raise AlreadyAdaptedError(
             f"the model carries an adapter of {len(present)} modules, the file one of "
-            f"{len(adapter.tensors)} (first difference: {differing[0]}); {mend}"
+            f"{len(adapter.tensors)} (first difference: {differing[0]}); {fix}"
         )
     if extra := sorted(trained_whole(model).keys() - adapter.whole.keys()):
         raise AlreadyAdaptedError(
-            f"{extra[0]} is trained beside the model's adapter and not in the file; {mend}"
+            f"{extra[0]} is trained beside the model's adapter and not in the file; {fix}"
         )
     for fqn, module in present.items():
         if not isinstance(module, LoRAMixin):
-            raise AlreadyAdaptedError(f"{fqn} wraps its base in {type(module).__name__}; {mend}")
+            raise AlreadyAdaptedError(f"{fqn} wraps its base in {type(module).__name__}; {fix}")
         if module.merged:
             raise AlreadyAdaptedError(f"{fqn} is merged; unmerge(model) before loading")
         have, wanted = (module.dim, module.scale), (adapter.rank(fqn), adapter.scale(fqn))
         if have != wanted:
             raise AlreadyAdaptedError(
                 f"{fqn} has rank {have[0]} and scale {have[1]:g}, in the file rank {wanted[0]} and "
-                f"scale {wanted[1]:g}; {mend}"
+                f"scale {wanted[1]:g}; {fix}"
             )
 
 
 def _check_targets(adapter: AdapterFile, names: Mapping[str, nn.Module], root: nn.Module) -> None:
-    matched = targets(adapter.parsed, names, root)
+    matched = _targets(adapter.parsed, names, root)
     if unknown := [fqn for fqn in adapter.tensors if fqn not in names]:
         raise AdapterFileError(
             f"the file adapts {unknown[0]}, which {type(root).__name__} does not have "
@@ -92,13 +94,27 @@ def _check_targets(adapter: AdapterFile, names: Mapping[str, nn.Module], root: n
     if without := sorted(matched - adapter.tensors.keys()):
         raise AdapterFileError(
             f"target_modules matches {without[0]}, for which the file has no tensors "
-            f"({len(without)} such modules); mend target_modules or save the adapter again"
+            f"({len(without)} such modules); fix target_modules or save the adapter again"
         )
     if unmatched := sorted(adapter.tensors.keys() - matched):
         raise AdapterFileError(
             f"the file has tensors for {unmatched[0]}, which target_modules does not match "
-            f"({len(unmatched)} such modules); mend target_modules or save the adapter again"
+            f"({len(unmatched)} such modules); fix target_modules or save the adapter again"
         )
+
+
+def _targets(config: PeftConfig, names: Mapping[str, nn.Module], model: nn.Module) -> set[str]:
+    """The names of the modules that PEFT would adapt."""
+    if config.target_modules is not None:
+        return {fqn for fqn in names if fqn and config.is_target(fqn)}
+    heads = output_heads(model)
+    return {
+        fqn
+        for fqn, module in names.items()
+        if kind_of(type(module)) in (LinearAdapter, Conv1DAdapter)
+        and id(module) not in heads
+        and not config.is_excluded(fqn)
+    }
 
 
 def _options(adapter: AdapterFile, fqn: str) -> BranchOptions:

@@ -18,6 +18,7 @@ from bridge.peft.lora import Model
 from bridge.peft.model.adapt import Planned, adapt_in_place
 from bridge.peft.model.trained_parameters import replace_parameters
 from bridge.peft.model.walk import adapted_modules, unwrap
+from bridge.peft.tensors import is_sharded
 
 
 def save_adapter(model: nn.Module, directory: str | Path) -> Path:
@@ -39,12 +40,8 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
         AdapterError: The model has no adapters, or the directory cannot be written to.
     """
     adapter = adapter_of(model)
-    is_sharded = any(
-        hasattr(parameter, "device_mesh")
-        for _, module in adapted_modules(model)
-        for parameter in module.adapter_parameters().values()
-    )
-    if not is_sharded:
+    parameters = (p for _, m in adapted_modules(model) for p in m.adapter_parameters().values())
+    if not any(map(is_sharded, parameters)):
         return write_adapter(adapter, directory)
     if torch.distributed.get_rank() == 0:
         write_adapter(adapter, directory)

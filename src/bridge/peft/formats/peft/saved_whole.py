@@ -68,8 +68,8 @@ def check_whole(adapter: AdapterFile, model: nn.Module, names: Mapping[str, nn.M
     for name, tensor in adapter.whole.items():
         if name not in parameters:
             raise AdapterFileError(
-                f"the file holds {name}, which is no parameter of {type(model).__name__}; load it "
-                "into the model that it was trained on"
+                f"the file holds {name}, which is not a parameter of {type(model).__name__}; "
+                "load it into the model that it was trained on"
             )
         have, wanted = tuple(parameters[name].shape), tuple(tensor.shape)
         if have != wanted:
@@ -102,19 +102,19 @@ def _same_values(parameter: Tensor, saved: Tensor) -> bool:
 
 
 def _check_can_be_saved(fqn: str, module: nn.Module, adapted: Collection[str]) -> None:
-    mend = "freeze it (requires_grad_(False)) or train it in a module of its own"
+    fix = "freeze it (requires_grad_(False)) or train it in a module of its own"
     if not fqn:
-        raise AdapterError(f"a parameter of the model itself is trained beside the adapter; {mend}")
+        raise AdapterError(f"a parameter of the model itself is trained beside the adapter; {fix}")
     if fqn in adapted or any(name.startswith(f"{fqn}.") for name in adapted):
         raise AdapterError(
             f"{fqn} is adapted, or holds an adapted linear, and has a trainable parameter of its "
-            f"own, which a PEFT file has no place for; {mend}"
+            f"own, which a PEFT file has no place for; {fix}"
         )
     if next(module.buffers(), None) is not None and any(
         name not in dict(module.named_parameters()) for name in module.state_dict()
     ):
         raise AdapterError(
-            f"{fqn} is trained beside the adapter and has buffers, which are not saved; {mend}"
+            f"{fqn} is trained beside the adapter and has buffers, which are not saved; {fix}"
         )
 
 

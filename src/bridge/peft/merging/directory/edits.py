@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bridge.peft.errors import AdapterError
+from bridge.peft.formats.files.safetensors_file import FLOATING, Entry
+from bridge.peft.formats.model_directory import Checkpoint
 from bridge.peft.formats.peft import AdapterFile
-from bridge.peft.merging.directory.checkpoint import DTYPE_NAMES, FLOATING, Checkpoint, Entry
-from bridge.peft.merging.rounding import Term, Update
+from bridge.peft.merging.rounding import Term
 
 #: Modules that may be one and the same matrix, by the last component of their names.
 _HEADS = ("lm_head", "embed_out", "output_layer", "output", "head", "decoder", "proj_out")
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings")
+_Adapters = Sequence[tuple[AdapterFile, float]]
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,6 @@ class Edit:
     transposed: bool = False
     replacement: Tensor | None = None
 
-    def update(self, dtype: torch.dtype) -> Update:
-        """What to add, the way round the tensor is stored.
-
-        Args:
-            dtype: Dtype of the computation.
-        """
-        return Update.of(self.terms, dtype=dtype, transposed=self.transposed)
-
 
 @dataclass(frozen=True)
 class Edits:
@@ -59,9 +52,7 @@ class Edits:
     heads_differ: bool
 
 
-def plan_edits(
-    checkpoint: Checkpoint, adapters: Sequence[tuple[AdapterFile, float]], *, untie: bool
-) -> Edits:
+def plan_edits(checkpoint: Checkpoint, adapters: _Adapters, *, untie: bool) -> Edits:
     """Find the checkpoint's tensors that the adapters change.
 
     Args:
@@ -72,10 +63,8 @@ def plan_edits(
     Raises:
         AdapterError: A module is not in the checkpoint, has another shape, is quantised or tied.
     """
-    entries = checkpoint.entries()
-    whole = _whole_tensors(adapters)
-    shapes = {f"{fqn}.weight": shape for fqn, shape in _shapes(adapters).items()}
-    shapes |= {name: tuple(tensor.shape) for name, tensor in whole.items()}
+    entries, whole = checkpoint.entries(), _whole_tensors(adapters)
+    shapes = _shapes(adapters) | {name: tuple(tensor.shape) for name, tensor in whole.items()}
     ties = _tied_heads(checkpoint, entries, shapes)
     if ties and not untie:
         name, source = next(iter(ties.items()))
@@ -85,14 +74,19 @@ def plan_edits(
         )
     keys = _keys([name for name in shapes if name not in ties], entries)
     found = {name: entries.get(keys.get(name, name)) or entries[ties[name]] for name in shapes}
-    any_turned = any(_is_turned(found[name], shapes[name]) for name in shapes if name not in whole)
+    # a shape shows which way round a tensor is stored, unless it is square
+    any_turned = any(
+        entry.shape == shapes[name][::-1] != shapes[name]
+        for name, entry in found.items()
+        if name not in whole
+    )
     edits: dict[str, Edit] = {}
     for name, entry in found.items():
-        key = keys.get(name, name)
         if name in whole:
-            edits[key] = _replacement(checkpoint, name, entry, whole[name])
+            edit = _replacement(checkpoint, name, entry, whole[name])
         else:
-            edits[key] = _edit(name.removesuffix(".weight"), entry, adapters, any_turned=any_turned)
+            edit = _update(name.removesuffix(".weight"), entry, adapters, any_turned=any_turned)
+        edits[keys.get(name, name)] = edit
     return Edits(
         edits,
         untied={name: source for name, source in ties.items() if name not in entries},
@@ -100,21 +94,22 @@ def plan_edits(
     )
 
 
-def _shapes(adapters: Sequence[tuple[AdapterFile, float]]) -> dict[str, tuple[int, ...]]:
-    """(out_features, in_features) of every adapted module, the same in all adapters."""
+def _shapes(adapters: _Adapters) -> dict[str, tuple[int, ...]]:
+    """(out_features, in_features) of every adapted weight, the same in all adapters."""
     shapes: dict[str, tuple[int, ...]] = {}
     for adapter, _ in adapters:
         for fqn, (a, b) in adapter.tensors.items():
-            shape = _shape(a, b)
-            if shapes.setdefault(fqn, shape) != shape:
+            shape = b.shape[0], a.shape[1]
+            known = shapes.setdefault(f"{fqn}.weight", shape)
+            if known != shape:
                 raise AdapterError(
-                    f"{fqn} is {shapes[fqn]} in one adapter and {shape} in another; only adapters "
-                    "of the same base can be summed"
+                    f"{fqn} is {known} in one adapter and {shape} in another; only adapters of "
+                    "the same base can be summed"
                 )
     return shapes
 
 
-def _whole_tensors(adapters: Sequence[tuple[AdapterFile, float]]) -> dict[str, Tensor]:
+def _whole_tensors(adapters: _Adapters) -> dict[str, Tensor]:
     for adapter, weight in adapters:
         if adapter.whole and (len(adapters) > 1 or weight != 1):
             raise AdapterError(
@@ -129,14 +124,12 @@ def _whole_tensors(adapters: Sequence[tuple[AdapterFile, float]]) -> dict[str, T
     return dict(adapters[0][0].whole)
 
 
-def _edit(
-    fqn: str, entry: Entry, adapters: Sequence[tuple[AdapterFile, float]], *, any_turned: bool
-) -> Edit:
+def _update(fqn: str, entry: Entry, adapters: _Adapters, *, any_turned: bool) -> Edit:
     if entry.dtype not in FLOATING:
         raise _quantised(fqn, entry.dtype)
     holders = [(adapter, weight) for adapter, weight in adapters if fqn in adapter.tensors]
     terms = tuple((*adapter.tensors[fqn], adapter.scale(fqn) * w) for adapter, w in holders)
-    shape = _shape(terms[0][0], terms[0][1])
+    shape = terms[0][1].shape[0], terms[0][0].shape[1]
     if entry.shape not in (shape, shape[::-1]):
         got = "×".join(str(n) for n in entry.shape)
         raise AdapterError(
@@ -153,15 +146,6 @@ def _edit(
                 "merge(model)"
             )
     return Edit(fqn, terms, transposed)
-
-
-def _is_turned(entry: Entry, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is stored as (in, out), as its shape shows unless it is square."""
-    return entry.shape == shape[::-1] != shape
-
-
-def _shape(a: Tensor, b: Tensor) -> tuple[int, ...]:
-    return b.shape[0], a.shape[1]
 
 
 def _replacement(checkpoint: Checkpoint, name: str, entry: Entry, tensor: Tensor) -> Edit:
@@ -183,13 +167,16 @@ def _tied_heads(
 ) -> dict[str, str]:
     """The changed output heads that are the embedding too, with the embedding's key."""
     flag = _tie_flag(checkpoint.config)
+    embeddings = [
+        entry
+        for entry in entries.values()
+        if entry.name.endswith(".weight") and _module_name(entry.name) in _EMBEDDINGS
+    ]
     found: dict[str, str] = {}
     for name, shape in shapes.items():
-        if _module_name(name) not in _HEADS or flag is False or (name in entries and not flag):
-            continue
-        same = [e.name for e in entries.values() if e.shape == shape and _is_embedding(e)]
-        if same:
-            found[name] = same[0]
+        if _module_name(name) in _HEADS and (flag or (flag is None and name not in entries)):
+            if same := [entry.name for entry in embeddings if entry.shape == shape]:
+                found[name] = same[0]
     return found
 
 
@@ -198,10 +185,6 @@ def _tie_flag(config: Mapping[str, Any]) -> bool | None:
         if isinstance(part, Mapping) and isinstance(part.get("tie_word_embeddings"), bool):
             return part["tie_word_embeddings"]
     return None
-
-
-def _is_embedding(entry: Entry) -> bool:
-    return entry.name.endswith(".weight") and _module_name(entry.name) in _EMBEDDINGS
 
 
 def _module_name(key: str) -> str:
@@ -221,9 +204,15 @@ def _keys(names: Sequence[str], entries: Mapping[str, Entry]) -> dict[str, str]:
         return keys
     for cut in range(len(rest[0].split("."))):
         old = ".".join(rest[0].split(".")[:cut])
+        end = _exchange(rest[0], old, "")
+        beginnings = [
+            key.removesuffix(end).removesuffix(".")
+            for key in entries
+            if key == end or key.endswith(f".{end}")
+        ]
         renamed = [
             {name: _exchange(name, old, new) for name in rest}
-            for new in _beginnings(_exchange(rest[0], old, ""), entries)
+            for new in beginnings
             if all(_exchange(name, old, new) in entries for name in rest)
         ]
         if len(renamed) > 1:
@@ -236,14 +225,6 @@ def _keys(names: Sequence[str], entries: Mapping[str, Entry]) -> dict[str, str]:
     raise _not_found(rest, len(names), entries)
 
 
-def _beginnings(end: str, entries: Iterable[str]) -> list[str]:
-    return [
-        key.removesuffix(end).removesuffix(".")
-        for key in entries
-        if key == end or key.endswith(f".{end}")
-    ]
-
-
 def _exchange(name: str, old: str, new: str) -> str:
     """`name` with its beginning `old` exchanged for `new`; unchanged if it begins otherwise."""
     if old and not name.startswith(f"{old}."):
@@ -253,21 +234,19 @@ def _exchange(name: str, old: str, new: str) -> str:
 
 
 def _not_found(missing: Sequence[str], count: int, entries: Collection[str]) -> AdapterError:
-    for name in missing:
-        if f"{name.removesuffix('.weight')}.qweight" in entries:
-            return _quantised(name.removesuffix(".weight"), "packed")
-    some = ", ".join(name.removesuffix(".weight") for name in missing[:3])
-    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    fqns = [name.removesuffix(".weight") for name in missing]
+    if packed := [fqn for fqn in fqns if f"{fqn}.qweight" in entries]:
+        return _quantised(packed[0], "packed")
+    more = f" and {len(fqns) - 3} more" if len(fqns) > 3 else ""
     return AdapterError(
-        f"the checkpoint holds no weight for {some}{more} ({len(missing)} of {count}); merge the "
-        "adapter into the model that it was trained on, or, if transformers renames the weights "
-        "on loading, load both in Python, merge(model) and save_pretrained"
+        f"the checkpoint holds no weight for {', '.join(fqns[:3])}{more} ({len(fqns)} of {count}); "
+        "merge the adapter into the model that it was trained on, or, if transformers renames the "
+        "weights on loading, load both in Python, merge(model) and save_pretrained"
     )
 
 
 def _quantised(fqn: str, dtype: str) -> AdapterError:
-    wanted = ", ".join(DTYPE_NAMES.values())
     return AdapterError(
-        f"{fqn} is quantised in the checkpoint ({dtype}, not one of {wanted}); merge into the "
-        "unquantised base model"
+        f"{fqn} is quantised in the checkpoint ({dtype}, not one of {', '.join(FLOATING)}); merge "
+        "into the unquantised base model"
     )

@@ -3,37 +3,44 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
-import re
 import shutil
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from torch import nn
 
+from bridge.peft.dtypes import SAFETENSORS_NAMES, TRAINABLE_DTYPES, dtype_name
 from bridge.peft.errors import AdapterError
-from bridge.peft.formats.files.untrusted import reading
-from bridge.peft.formats.peft import read_adapter
-from bridge.peft.merging.directory.base_check import other_bases
-from bridge.peft.merging.directory.checkpoint import (
-    DTYPE_NAMES,
-    FLOATING,
+from bridge.peft.formats.files.atomic import current_path, replace_file
+from bridge.peft.formats.files.safetensors_file import FLOATING, Entry, read_header
+from bridge.peft.formats.files.untrusted import CONFIG_NAME, TENSORS_NAME, reading
+from bridge.peft.formats.model_directory import (
     Checkpoint,
-    Entry,
+    copy_other_files,
     read_checkpoint,
+    write_config,
+    write_index,
 )
+from bridge.peft.formats.peft import AdapterFile, read_adapter
+from bridge.peft.formats.peft.fingerprint import differences
 from bridge.peft.merging.directory.edits import Edits, plan_edits
-from bridge.peft.merging.directory.journal import JOURNAL_NAME, Journal, fingerprint
-from bridge.peft.merging.directory.metadata import copy_other_files, write_config, write_index
-from bridge.peft.merging.directory.stream import write_shard
-from bridge.peft.merging.directory.worker import Target
+from bridge.peft.merging.directory.stream import Target, write_shard
 from bridge.peft.merging.in_memory import check_compute_dtype
 from bridge.peft.merging.report import MergeReport, MergeRow
+from bridge.peft.natural_order import natural_key
+from bridge.peft.version import __version__
 
-#: Called with the bytes written so far and the bytes to write, from any thread.
+#: Called with the bytes written so far and the bytes to write.
 Progress = Callable[[int, int], None]
 _PART_SUFFIX = ".part"
+#: In an unfinished output: which merge it is, and the report's rows of its finished files.
+_JOB_NAME = ".merge.json"
 
 
 def merge_directory(
@@ -59,7 +66,7 @@ def merge_directory(
         dtype: Dtype of the merged model; None keeps every tensor's own.
         compute_dtype: Dtype of the computation, float32 or float64.
         untie: Give an adapted head that is tied to the embedding a tensor of its own.
-        progress: Called with the bytes written so far and the bytes to write, from any thread.
+        progress: Called with the bytes written so far and the bytes to write.
 
     Returns:
         A report with a row per merged tensor.
@@ -73,8 +80,8 @@ def merge_directory(
     """
     model, output = Path(model), Path(output)
     check_compute_dtype(compute_dtype)
-    if dtype is not None and dtype not in DTYPE_NAMES:
-        names = ", ".join(str(known).removeprefix("torch.") for known in DTYPE_NAMES)
+    if dtype is not None and dtype not in TRAINABLE_DTYPES:
+        names = ", ".join(map(dtype_name, TRAINABLE_DTYPES))
         raise AdapterError(f"a model is written in {names}; got {dtype}")
     if not adapters:
         raise AdapterError("no adapter to merge; pass the directory of at least one")
@@ -82,130 +89,165 @@ def merge_directory(
         checkpoint = read_checkpoint(model)
     if os.path.lexists(output) and not _is_empty(output):
         raise AdapterError(f"{output} exists; pass a directory that does not")
-    loaded = [(read_adapter(path), weight) for path, weight in adapters]
-    edits = plan_edits(checkpoint, loaded, untie=untie)
-    notes = tuple(other_bases(checkpoint, edits, loaded))
-    shards = _lay_out(checkpoint, edits, dtype)
     paths = [(Path(path), weight) for path, weight in adapters]
-    job = fingerprint(checkpoint, paths, (dtype, compute_dtype, untie))
+    loaded = [(read_adapter(path), weight) for path, weight in paths]
+    edits = plan_edits(checkpoint, loaded, untie=untie)
+    notes = tuple(_other_bases(checkpoint, edits, loaded))
+    shards = {name: _lay_out(checkpoint, name, edits, dtype) for name in checkpoint.shards}
     part = output.with_name(output.name + _PART_SUFFIX)
-    journal = _open_part(part, job)
+    job = _identify(checkpoint, paths, (dtype, compute_dtype, untie))
+    rows = _open_part(part, job, shards)
     try:
-        rows = _write_shards(checkpoint, shards, journal, compute_dtype, progress)
-        _write_rest(checkpoint, shards, part, dtype, edits)
+        _write_shards(checkpoint, shards, part, job, rows, compute_dtype, progress)
+        copy_other_files(model, part)
+        places = {t.entry.name: name for name, targets in shards.items() for t in targets}
+        write_index(checkpoint, part, places, sum(map(_size, shards.values())))
+        write_config(checkpoint, part, dtype, heads_differ=edits.heads_differ)
         if output.exists():
             output.rmdir()
         os.rename(part, output)
+        (output / _JOB_NAME).unlink()
     except AdapterError:
         shutil.rmtree(part, ignore_errors=True)
         raise
     except OSError as error:
         raise _disk_error(error, part) from error
-    return MergeReport(tuple(sorted(rows, key=_natural)), notes)
+    merged = sorted((r for name in shards for r in rows[name]), key=lambda r: natural_key(r.fqn))
+    return MergeReport(tuple(merged), notes)
 
 
 def _is_empty(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink() and next(path.iterdir(), None) is None
 
 
-def _lay_out(
-    checkpoint: Checkpoint, edits: Edits, dtype: torch.dtype | None
-) -> dict[str, list[Target]]:
-    """What each file of the merged model holds, byte by byte."""
-    shards: dict[str, list[Target]] = {}
+def _other_bases(
+    checkpoint: Checkpoint, edits: Edits, adapters: Sequence[tuple[AdapterFile, float]]
+) -> Iterator[str]:
+    """Say for each adapter that was made on another base what differs, by its fingerprint."""
+    modules: dict[str, nn.Module] = {}
     for name, shard in checkpoint.shards.items():
-        targets: list[Target] = []
-        end = 0
-        wanted = [(entry, entry.name) for entry in shard.entries]
-        wanted += [
-            (entry, key)
-            for key, source in edits.untied.items()
-            for entry in shard.entries
-            if entry.name == source
-        ]
-        for source, key in wanted:
-            kind = source.dtype
-            if dtype is not None and kind in FLOATING:
-                kind = DTYPE_NAMES[dtype]
-            size = source.size
-            if kind in FLOATING:
-                size = size // FLOATING[source.dtype].itemsize * FLOATING[kind].itemsize
-            entry = Entry(key, kind, source.shape, end, end + size)
-            targets.append(Target(entry, source, shard, edits.by_key.get(key)))
-            end = entry.end
-        shards[name] = targets
-    return shards
+        # maps the file, so that only the values that are compared are ever read
+        with safe_open(checkpoint.directory / name, "pt") as file:
+            for entry in shard.entries:
+                if entry.name in edits.by_key:
+                    module = modules[edits.by_key[entry.name].fqn] = nn.Module()
+                    module.weight = nn.Parameter(file.get_tensor(entry.name), requires_grad=False)
+    for adapter, _ in adapters:
+        if found := differences(adapter.extra.get("base", {}), modules):
+            more = f" ({len(found)} modules differ)" if len(found) > 1 else ""
+            yield (
+                f"the base model is not the one that the adapter was made on: {found[0]}{more}; "
+                "results may differ from training"
+            )
 
 
-def _open_part(part: Path, job: str) -> Journal:
-    """The directory to write to, with what an interrupted merge of the same inputs left there."""
-    journal = Journal.open(part, job)
+def _lay_out(
+    checkpoint: Checkpoint, name: str, edits: Edits, dtype: torch.dtype | None
+) -> list[Target]:
+    """What one file of the merged model holds, byte by byte; an untied tensor follows the rest."""
+    entries = checkpoint.shards[name].entries
+    wanted = [(entry, entry.name) for entry in entries]
+    for key, source in edits.untied.items():
+        wanted += [(entry, key) for entry in entries if entry.name == source]
+    targets: list[Target] = []
+    end = 0
+    for source, key in wanted:
+        kind, size = source.dtype, source.size
+        if dtype is not None and kind in FLOATING:
+            kind = SAFETENSORS_NAMES[dtype]
+            size = size // FLOATING[source.dtype].itemsize * dtype.itemsize
+        entry = Entry(key, kind, source.shape, end, end + size)
+        targets.append(Target(entry, source, edits.by_key.get(key)))
+        end = entry.end
+    return targets
+
+
+def _size(targets: Sequence[Target]) -> int:
+    return targets[-1].entry.end if targets else 0
+
+
+def _identify(
+    checkpoint: Checkpoint, adapters: Sequence[tuple[Path, float]], options: Sequence[object]
+) -> str:
+    """A hash of what the output depends on: files by size and time, options by value."""
+    files = [checkpoint.directory / name for name in checkpoint.shards]
+    files += [current_path(path, n) for path, _ in adapters for n in (CONFIG_NAME, TENSORS_NAME)]
+    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    weights = [weight for _, weight in adapters]
+    told = (__version__, checkpoint.config, checkpoint.shards, weights, options, stamps)
+    return hashlib.sha256(repr(told).encode()).hexdigest()
+
+
+def _open_part(
+    part: Path, job: str, shards: Mapping[str, Sequence[Target]]
+) -> dict[str, list[MergeRow]]:
+    """The rows of the files that an interrupted merge of the same inputs finished in `part`.
+
+    What another merge left there is removed.
+    """
     try:
-        if part.is_dir() and not journal.done:
-            if next(part.iterdir(), None) is not None and not (part / JOURNAL_NAME).is_file():
-                raise AdapterError(
-                    f"{part} is in the way; delete it or pass another output directory"
-                )
+        known = json.loads((part / _JOB_NAME).read_bytes())
+        if known["job"] == job:
+            found = {n: [MergeRow(**row) for row in rows] for n, rows in known["rows"].items()}
+            return {n: rows for n, rows in found.items() if _is_whole(part / n, shards[n])}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        pass  # no such file, or one that is damaged: nothing is known to be done
+    try:
+        if part.is_dir() and not (part / _JOB_NAME).is_file() and any(part.iterdir()):
+            raise AdapterError(f"{part} is in the way; delete it or pass another output directory")
+        if os.path.lexists(part):
             shutil.rmtree(part)
-        part.mkdir(parents=True, exist_ok=True)
-        journal.save()
+        part.mkdir(parents=True)
+        _record(part, job, {})
     except OSError as error:
         raise AdapterError(
             f"cannot write to {part.parent}: {error.strerror}; pass another output directory"
         ) from error
-    return journal
+    return {}
+
+
+def _is_whole(path: Path, targets: Sequence[Target]) -> bool:
+    """Whether a file has its length, which a crash of the machine may have cut."""
+    with open(path, "rb") as file:
+        return read_header(path, file).entries == tuple(target.entry for target in targets)
+
+
+def _record(part: Path, job: str, rows: Mapping[str, Sequence[MergeRow]]) -> None:
+    as_dicts = {name: [asdict(row) for row in done] for name, done in rows.items()}
+    replace_file(part / _JOB_NAME, json.dumps({"job": job, "rows": as_dicts}).encode())
 
 
 def _write_shards(
     checkpoint: Checkpoint,
     shards: Mapping[str, Sequence[Target]],
-    journal: Journal,
-    dtype: torch.dtype,
+    part: Path,
+    job: str,
+    rows: dict[str, list[MergeRow]],
+    compute_dtype: torch.dtype,
     progress: Progress | None,
-) -> list[MergeRow]:
-    sizes = {name: sum(t.entry.size for t in targets) for name, targets in shards.items()}
-    todo = [name for name in shards if journal.rows(name) is None]
-    _check_free_space(journal.directory, sum(sizes[name] for name in todo))
-    total, done = sum(sizes.values()), sum(sizes[name] for name in shards if name not in todo)
-    lock = threading.Lock()
+) -> None:
+    """Write the files that are not in `rows`; each gets its own name when it is finished."""
+    done, total = sum(_size(shards[name]) for name in rows), sum(map(_size, shards.values()))
+    _check_free_space(part, total - done)
 
     def advance(count: int) -> None:
         nonlocal done
-        with lock:
-            done += count
-            if progress is not None:
-                progress(done, total)
+        done += count
+        if progress is not None:
+            progress(done, total)
 
-    rows: list[MergeRow] = []
-    for name, targets in shards.items():
-        finished = journal.rows(name)
-        if finished is None:
-            staged = journal.directory / f"{name}{_PART_SUFFIX}"
-            metadata = checkpoint.shards[name].metadata
-            finished = write_shard(
-                staged, targets, metadata=metadata, dtype=dtype, progress=advance
-            )
-            os.replace(staged, journal.directory / name)
-            journal.record(name, finished)
-        rows += finished
-    return rows
-
-
-def _write_rest(
-    checkpoint: Checkpoint,
-    shards: Mapping[str, Sequence[Target]],
-    part: Path,
-    dtype: torch.dtype | None,
-    edits: Edits,
-) -> None:
-    """All but the weights; index and config last, then the journal is not needed any more."""
-    copy_other_files(checkpoint.directory, part)
-    if checkpoint.index is not None:
-        places = {t.entry.name: name for name, targets in shards.items() for t in targets}
-        total = sum(t.entry.size for targets in shards.values() for t in targets)
-        write_index(checkpoint, part, places, total)
-    write_config(checkpoint, part, dtype, heads_differ=edits.heads_differ)
-    (part / JOURNAL_NAME).unlink()
+    for name in [name for name in shards if name not in rows]:
+        staged = part / f"{name}{_PART_SUFFIX}"
+        rows[name] = write_shard(
+            checkpoint.directory / name,
+            checkpoint.shards[name],
+            staged,
+            shards[name],
+            compute_dtype=compute_dtype,
+            progress=advance,
+        )
+        os.replace(staged, part / name)
+        _record(part, job, rows)
 
 
 def _check_free_space(directory: Path, needed: int) -> None:
@@ -225,9 +267,3 @@ def _disk_error(error: OSError, part: Path) -> AdapterError:
         f"cannot write the merged model to {part}: {what}; the finished files stay there, and the "
         "same command goes on from them"
     )
-
-
-def _natural(row: MergeRow) -> list[tuple[int, str]]:
-    """Sort `layers.2` before `layers.10`."""
-    parts = re.split(r"(\d+)", row.fqn)
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]

@@ -5,15 +5,15 @@ import threading
 
 import pytest
 
-from bridge.peft.cli import interrupts
-from bridge.peft.cli.interrupts import quit_on_interrupt
+from bridge.peft.cli import imports
+from bridge.peft.cli.imports import quit_on_interrupt
 
 
 def test_interrupt_inside_quits_with_130_and_the_handler_comes_back(monkeypatch, capsys):
     def leave(code):
         raise SystemExit(code)
 
-    monkeypatch.setattr(interrupts.os, "_exit", leave)
+    monkeypatch.setattr(imports.os, "_exit", leave)
     with pytest.raises(SystemExit) as left, quit_on_interrupt():
         signal.raise_signal(signal.SIGINT)
     assert left.value.code == 130 and capsys.readouterr().err == "error: interrupted\n"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, get_args
 
 from bridge.peft.branch.initializers import A_INITIALIZERS
 from bridge.peft.branch.options import DropoutPosition
 from bridge.peft.errors import AdapterFileError
+from bridge.peft.formats.files.atomic import current_path
+from bridge.peft.formats.files.untrusted import EXTRA_NAME, checked_path, read_json
+from bridge.peft.formats.peft.fields import is_dropout
 from bridge.peft.formats.peft.fingerprint import check_stored
 
 _CHOICES = {
@@ -18,15 +23,30 @@ _CHOICES = {
 DEFAULTS: dict[str, Any] = {"dropout_position": "pre", "lora_A_init_method": "uniform"}
 
 
-def check_side_file(content: Mapping[str, Any]) -> None:
+def read_extra(directory: Path) -> dict[str, Any]:
+    """The decoded file; empty if there is none.
+
+    Args:
+        directory: The adapter's directory.
+
+    Raises:
+        AdapterFileError: It cannot be read, or does not hold a JSON object.
+    """
+    # a link to nothing or a directory in its place is an error, not a file that is not there
+    if not os.path.lexists(current_path(directory, EXTRA_NAME)):
+        return {}
+    return read_json(checked_path(directory, EXTRA_NAME))
+
+
+def check_extra(extra: Mapping[str, Any]) -> None:
     """Raise `AdapterFileError` unless the values have the right types.
 
     Args:
-        content: The decoded file; unknown fields are left alone.
+        extra: The decoded file; unknown fields are left alone.
     """
-    _check_branch(content, "")
-    check_stored(content.get("base", {}))
-    exceptions = content.get("exceptions", {})
+    _check_branch(extra, "")
+    check_stored(extra.get("base", {}))
+    exceptions = extra.get("exceptions", {})
     if not isinstance(exceptions, dict):
         raise _wrong("exceptions", exceptions, "an object")
     for fqn, branch in exceptions.items():
@@ -35,16 +55,16 @@ def check_side_file(content: Mapping[str, Any]) -> None:
         _check_branch(branch, f"exceptions[{fqn[:80]!r}].")
 
 
-def branch_settings(content: Mapping[str, Any], fqn: str, dropout: float) -> dict[str, Any]:
+def branch_settings(extra: Mapping[str, Any], fqn: str, dropout: float) -> dict[str, Any]:
     """`dropout`, `dropout_position` and `lora_A_init_method` of one module.
 
     Args:
-        content: The decoded file, checked.
+        extra: The decoded file, checked.
         fqn: The module's name.
         dropout: The dropout of the PEFT config.
     """
     settings = DEFAULTS | {"dropout": dropout}
-    for source in (content, content.get("exceptions", {}).get(fqn, {})):
+    for source in (extra, extra.get("exceptions", {}).get(fqn, {})):
         settings |= {name: source[name] for name in settings if name in source}
     return settings
 
@@ -53,8 +73,7 @@ def _check_branch(branch: Mapping[str, Any], where: str) -> None:
     for name, choices in _CHOICES.items():
         if (value := branch.get(name, choices[0])) not in choices:
             raise _wrong(where + name, value, " or ".join(repr(choice) for choice in choices))
-    p = branch.get("dropout", 0.0)
-    if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p < 1:
+    if not is_dropout(p := branch.get("dropout", 0.0)):
         raise _wrong(f"{where}dropout", p, "a number in [0, 1)")
 
 

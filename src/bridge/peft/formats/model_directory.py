@@ -1,0 +1,160 @@
+"""A model directory as it lies on disk: what its files hold, and all of them but the weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bridge.peft.dtypes import dtype_name
+from bridge.peft.errors import AdapterError
+from bridge.peft.formats.files.safetensors_file import Entry, Header, read_header
+from bridge.peft.formats.files.untrusted import read_json
+
+CONFIG_NAME = "config.json"
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+_PICKLES = (".bin", ".pt", ".pth")
+#: Weights in other formats would still be the base's, and training state is not part of a model.
+_LEFT_OUT = (
+    *(*_PICKLES, ".safetensors", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data"),
+    *(".npz", ".pkl", ".pickle", ".part", ".lock", ".index.json"),
+    *("adapter_config.json", "bridge_adapter.json", "trainer_state.json"),
+)
+_FOLDERS = ("additional_chat_templates",)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model directory.
+
+    Attributes:
+        directory: Where it is.
+        config: `config.json`, as decoded.
+        shards: The headers of its safetensors files by name.
+        index: `model.safetensors.index.json`, as decoded, where there are several files.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    shards: Mapping[str, Header]
+    index: dict[str, Any] | None
+
+    def entries(self) -> dict[str, Entry]:
+        """All tensors by key."""
+        return {entry.name: entry for shard in self.shards.values() for entry in shard.entries}
+
+
+def read_checkpoint(directory: Path) -> Checkpoint:
+    """Read configuration, index and headers of a model directory, as `save_pretrained` writes it.
+
+    Raises:
+        AdapterError: No such directory, no safetensors in it, or something is damaged.
+    """
+    if not directory.is_dir():
+        what = "is a file" if directory.exists() else "does not exist"
+        raise AdapterError(f"{directory} {what}; pass the directory of a base model")
+    if not (directory / CONFIG_NAME).is_file():
+        raise AdapterError(
+            f"{directory} holds no {CONFIG_NAME}; pass a model directory written by save_pretrained"
+        )
+    config = read_json(directory / CONFIG_NAME, infinity=True)
+    index, names = None, [SINGLE_NAME]
+    if not (directory / SINGLE_NAME).is_file():
+        index = _read_index(directory)
+        names = sorted(set(index["weight_map"].values()))
+    shards: dict[str, Header] = {}
+    places: dict[str, str] = {}
+    for name in names:
+        if not (directory / name).is_file():
+            raise AdapterError(f"{directory / name} is missing; download the model again")
+        with open(directory / name, "rb") as file:
+            shards[name] = read_header(directory / name, file)
+        for entry in shards[name].entries:
+            if entry.name in places:
+                raise AdapterError(
+                    f"{directory} holds {entry.name} twice, in {places[entry.name]} and {name}; "
+                    "download the model again"
+                )
+            places[entry.name] = name
+    for key, name in (index or {}).get("weight_map", {}).items():
+        if places.get(key) != name:
+            raise AdapterError(
+                f"{directory / INDEX_NAME} places {key} in {name}, which does not hold it; "
+                "download the model again"
+            )
+    return Checkpoint(directory, config, shards, index)
+
+
+def _read_index(directory: Path) -> dict[str, Any]:
+    path = directory / INDEX_NAME
+    if not path.is_file():
+        if pickles := sorted(p.name for p in directory.iterdir() if p.suffix in _PICKLES):
+            raise AdapterError(
+                f"{directory} holds its weights as a pickle ({pickles[0]}), which can run any "
+                "program when read; load it where you trust it and save it again with "
+                "save_pretrained"
+            )
+        raise AdapterError(
+            f"{directory} holds neither {SINGLE_NAME} nor {INDEX_NAME}; pass the directory of a "
+            "base model"
+        )
+    index = read_json(path)
+    names = index.get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise AdapterError(f"{path} has no weight_map; download the model again")
+    if not isinstance(index.get("metadata") or {}, dict):
+        raise AdapterError(f"{path}: its metadata is not an object; download the model again")
+    for name in names.values():
+        if not isinstance(name, str) or Path(name).name != name or Path(name).suffix in _PICKLES:
+            raise AdapterError(
+                f"{path} names {name!r:.80}, which is not a safetensors file beside it; download "
+                "the model again"
+            )
+    return index
+
+
+def copy_other_files(source: Path, target: Path) -> None:
+    """Copy tokenizer, generation config, licence and the like; links are followed."""
+    for path in sorted(source.iterdir()):
+        if path.name in _FOLDERS and path.is_dir():
+            shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+        elif path.is_file() and not path.name.startswith(".") and not path.name.endswith(_LEFT_OUT):
+            shutil.copyfile(path, target / path.name)
+
+
+def write_config(
+    checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None, *, heads_differ: bool
+) -> None:
+    """Write `config.json` with the merged model's dtype, if it is another, and its ties."""
+    config = json.loads(json.dumps(checkpoint.config))
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    if dtype is not None:
+        for part in parts:
+            for key in ("dtype", "torch_dtype"):
+                if isinstance(part.get(key), str):
+                    part[key] = dtype_name(dtype)
+        if "torch_dtype" not in config:
+            config["dtype"] = dtype_name(dtype)
+    if heads_differ:
+        for part in parts:
+            if part is config or "tie_word_embeddings" in part:
+                part["tie_word_embeddings"] = False
+    _write_json(target / CONFIG_NAME, config)
+
+
+def write_index(checkpoint: Checkpoint, target: Path, places: Mapping[str, str], size: int) -> None:
+    """Write the index of a model in several files: the file of every tensor, bytes of them all."""
+    if checkpoint.index is not None:
+        metadata = dict(checkpoint.index.get("metadata") or {}) | {"total_size": size}
+        index = {"metadata": metadata, "weight_map": dict(sorted(places.items()))}
+        _write_json(target / INDEX_NAME, index)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")  # as transformers does

@@ -1,0 +1,199 @@
+"""The fields of `adapter_config.json`: honoured with values of which kind, ignored, or refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from bridge.peft.errors import AdapterFileError
+
+#: Largest rank that a file may ask for.
+MAX_RANK = 65_536
+#: Most entries that a list or a pattern of the config may have.
+MAX_ENTRIES = 20_000
+#: Most of those that each name of a model is compared with, one by one.
+_MAX_PLAIN_NAMES = 1_000
+_MAX_LAYER = 100_000
+
+#: Fields that change nothing about the function of the adapter.
+_IGNORED = frozenset(
+    (
+        *("auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core"),
+        *("peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config"),
+        *("task_type", "eva_config"),
+    )
+)
+#: Fields that must stay off, and what they would switch on.
+_REFUSED = {
+    "alora_invocation_tokens": "activated LoRA (aLoRA)",
+    "arrow_config": "Arrow routing",
+    "corda_config": "CorDA",
+    "ensure_weight_tying": "adapters tied between modules",
+    "kasa_config": "KaSA",
+    "layer_replication": "replicated layers",
+    "loftq_config": "LoftQ, which changes the base weights",
+    "lora_bias": "a bias on B",
+    "lora_ga_config": "LoRA-GA, which changes the base weights",
+    "megatron_config": "Megatron parallel layers",
+    "monteclora_config": "Monte Carlo LoRA",
+    "target_parameters": "adapters on parameters that are not a linear's weight",
+    "trainable_token_indices": "trained token embeddings",
+    "use_bdlora": "block-diagonal LoRA",
+    "use_dora": "DoRA",
+    "use_qalora": "QALoRA",
+    "velora_config": "VeLoRA",
+}
+#: `init_lora_weights` that leave the base as it is; what A and B are the file says anyway.
+_HARMLESS_INITS = ("gaussian", "eva", "orthogonal")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a decoded JSON value is a number."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_dropout(value: Any) -> bool:
+    """Whether a decoded JSON value is a probability below 1."""
+    return is_number(value) and 0 <= value < 1
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= MAX_RANK
+
+
+def _is_alpha(value: Any) -> bool:
+    return is_number(value) and abs(value) <= 1e9
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_bias(value: Any) -> bool:
+    return value in ("none", "lora_only", "all")
+
+
+def _is_layer(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _MAX_LAYER
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= 1000
+
+
+def _is_plain_name(value: Any) -> bool:
+    return _is_name(value) and re.fullmatch(r"[\w.-]+", value) is not None
+
+
+#: What a value is checked with, and what it must be in words.
+_Check = tuple[Callable[[Any], bool], str]
+_RANK: _Check = (_is_rank, f"an integer from 1 to {MAX_RANK}")
+_ALPHA: _Check = (_is_alpha, "a finite number of at most 1e9")
+_FLAG: _Check = (_is_flag, "true or false")
+_NAMES: _Check = (_is_name, "a list of names")
+_PLAIN_NAMES: _Check = (
+    _is_plain_name,
+    f"at most {_MAX_PLAIN_NAMES} names of modules (letters, digits, dots)",
+)
+_VALUES: dict[str, _Check] = {
+    "r": _RANK,
+    "lora_alpha": _ALPHA,
+    "lora_dropout": (is_dropout, "a number in [0, 1)"),
+    "use_rslora": _FLAG,
+    "bias": (_is_bias, "'none', 'lora_only' or 'all'"),
+    "fan_in_fan_out": _FLAG,
+}
+#: Each item of a list; a value that is not a list stands for a list of it.
+_LISTS: dict[str, _Check] = {
+    "target_modules": _NAMES,
+    "exclude_modules": _NAMES,
+    "layers_to_transform": (_is_layer, "a layer's index or a list of them"),
+    "layers_pattern": _PLAIN_NAMES,
+    "modules_to_save": _PLAIN_NAMES,
+}
+#: Each value of an object.
+_PATTERNS: dict[str, _Check] = {"rank_pattern": _RANK, "alpha_pattern": _ALPHA}
+_REGEX_OR_NAMES = ("target_modules", "exclude_modules")
+_HONOURED = frozenset((*_VALUES, *_LISTS, *_PATTERNS))
+
+
+def checked_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a config that are honoured, but those at null; lists as tuples.
+
+    Args:
+        config: The decoded file.
+
+    Raises:
+        AdapterFileError: A value is of a wrong kind, or a field cannot be honoured.
+    """
+    if config.get("peft_type") != "LORA":
+        raise AdapterFileError(
+            f"adapter_config.json: peft_type is {_show(config.get('peft_type'))}; only 'LORA' can "
+            "be read"
+        )
+    _refuse_what_cannot_be_honoured(config)
+    given = {name: value for name, value in config.items() if value is not None}
+    fields: dict[str, Any] = {}
+    for name, value in given.items():
+        if name in _VALUES:
+            fields[name] = _checked(name, value, _VALUES[name])
+        elif name in _REGEX_OR_NAMES and isinstance(value, str):
+            fields[name] = value
+        elif name in _LISTS:
+            is_right, wanted = _LISTS[name]
+            items = value if isinstance(value, list) else [value]
+            most = _MAX_PLAIN_NAMES if is_right is _is_plain_name else MAX_ENTRIES
+            if len(items) > most or not all(map(is_right, items)):
+                raise wrong(name, value, wanted)
+            fields[name] = tuple(items)
+        elif name in _PATTERNS:
+            if not isinstance(value, dict) or len(value) > MAX_ENTRIES:
+                raise wrong(name, value, f"an object of at most {MAX_ENTRIES} entries")
+            check = _PATTERNS[name]
+            fields[name] = {k: _checked(f"{name}[{k[:80]!r}]", v, check) for k, v in value.items()}
+    return fields
+
+
+def wrong(name: str, value: Any, wanted: str) -> AdapterFileError:
+    """The error for a value of a wrong kind.
+
+    Args:
+        name: The field.
+        value: What it holds.
+        wanted: What it must be.
+    """
+    return AdapterFileError(f"adapter_config.json: {name} must be {wanted}, got {_show(value)}")
+
+
+def _checked(name: str, value: Any, check: _Check) -> Any:
+    is_right, wanted = check
+    if not is_right(value):
+        raise wrong(name, value, wanted)
+    return value
+
+
+def _refuse_what_cannot_be_honoured(config: dict[str, Any]) -> None:
+    for name, value in config.items():
+        if name in _HONOURED or name in _IGNORED or name == "init_lora_weights":
+            continue
+        if value in (None, False, "", [], {}):
+            continue
+        shown = name if name.isidentifier() else _show(name)
+        meaning = f"means {_REFUSED[name]}, which" if name in _REFUSED else "is a field that"
+        raise AdapterFileError(
+            f"adapter_config.json: {shown}={_show(value)} {meaning} cannot be honoured here; merge "
+            "the adapter with the tool that made it"
+        )
+    init = config.get("init_lora_weights")
+    if not (init is None or isinstance(init, bool) or init in _HARMLESS_INITS):
+        raise AdapterFileError(
+            f"adapter_config.json: init_lora_weights={_show(init)} changes the base weights, so "
+            "the adapter does not fit the plain base; save it again in PEFT with "
+            "path_initial_model_for_weight_conversion"
+        )
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -32,12 +32,7 @@ _LATENT = {
     "v_head_dim": 8,
 }
 _MAMBA = {"vocab_size": 64, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2, **_SPECIAL}
-_MAMBA2_LAYERS = {
-    "mamba_n_heads": 8,
-    "mamba_d_head": 8,
-    "mamba_d_state": 4,
-    "mamba_chunk_size": 4,
-}
+_MAMBA2_LAYERS = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_chunk_size": 4}
 _DEBERTA = {
     **_TEXT,
     "relative_attention": True,
@@ -396,12 +391,7 @@ ENCODER_DECODERS = {
     "whisper": ("WhisperForConditionalGeneration", {**_WHISPER, "max_source_positions": 10}),
     "speech_to_text": (
         "Speech2TextForConditionalGeneration",
-        {
-            **_WHISPER,
-            "input_feat_per_channel": 8,
-            "conv_channels": 16,
-            "max_source_positions": 32,
-        },
+        {**_WHISPER, "input_feat_per_channel": 8, "conv_channels": 16, "max_source_positions": 32},
     ),
 }
 VISION = {

@@ -100,11 +100,7 @@ def _sound_shape(config, name: str) -> tuple[int, ...]:
     if name == "input_values" and mel:
         return config.max_length, mel
     if name == "input_values":
-        length = _FRAMES
-        kernels = _setting(config, "conv_kernel", default=())
-        for kernel, stride in zip(reversed(kernels), reversed(config.conv_stride), strict=True) if kernels else ():
-            length = (length - 1) * stride + kernel
-        return (length if kernels else _SAMPLES,)
+        return (_samples(config),)
     if side := _setting(config, "spec_size"):
         return 1, side * (side // mel), mel
     if width := _setting(config, "feature_projection_input_dim"):
@@ -112,6 +108,17 @@ def _sound_shape(config, name: str) -> tuple[int, ...]:
     if width := _setting(config, "input_feat_per_channel"):
         return _FRAMES, width * config.input_channels
     return mel, 2 * longest
+
+
+def _samples(config) -> int:
+    """Samples of a wave that become a few frames in the model's convolutions."""
+    kernels = _setting(config, "conv_kernel")
+    if kernels is None:
+        return _SAMPLES
+    length = _FRAMES
+    for kernel, stride in zip(reversed(kernels), reversed(config.conv_stride), strict=True):
+        length = (length - 1) * stride + kernel
+    return length
 
 
 def _text(model, generator) -> Tensor:

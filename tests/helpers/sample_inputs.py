@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 _BATCH, _TOKENS, _FRAMES, _SAMPLES, _SIDE = 2, 8, 32, 4000, 64
+_IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "image_sizes")
 #: Parameters of a forward that take one number for each token.
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
@@ -30,9 +31,9 @@ def sample_inputs(model: nn.Module) -> dict[str, Tensor]:
     config, main = model.config, getattr(model, "main_input_name", "input_ids")
     inputs: dict[str, Tensor] = {}
     if "pixel_values" in names and _sees_images(model):
-        inputs |= _images(config, "image_grid_thw" in names, generator)
+        inputs |= _images(config, names, generator)
     for name in ("input_values", "input_features"):
-        if name in names and (name == main or hasattr(config, "audio_config")):
+        if name in names and (name == main or _hears_sound_beside_text(config)):
             inputs[name] = _sound(config, name, generator)
     if text := next((name for name in ("input_ids", "inputs") if name in names), None):
         if not {"input_values", "input_features"} & {main}:
@@ -75,9 +76,15 @@ def _sees_images(model) -> bool:
     return _image_token(model.config) is None or hasattr(model, "get_image_features")
 
 
-def _images(config, packed: bool, generator) -> dict[str, Tensor]:
+def _hears_sound_beside_text(config) -> bool:
+    """Whether sound goes beside the text; what takes it inside the text is given text alone."""
+    inside = ("audio_token_id", "audio_token_index")
+    return hasattr(config, "audio_config") and not any(hasattr(config, name) for name in inside)
+
+
+def _images(config, names, generator) -> dict[str, Tensor]:
     channels = _setting(config, "num_channels", "in_channels", "in_chans", default=3)
-    if packed:
+    if "image_grid_thw" in names:
         vision = config.vision_config
         side = 2 * vision.spatial_merge_size
         width = channels * vision.temporal_patch_size * vision.patch_size**2
@@ -85,9 +92,14 @@ def _images(config, packed: bool, generator) -> dict[str, Tensor]:
         return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, side, side]])}
     size = _setting(config, "image_size", "input_size", default=_SIDE)
     height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
-    frames = getattr(config, "num_frames", None)
-    shape = (_BATCH, *([frames] if frames else []), channels, height, width)
-    return {"pixel_values": torch.randn(shape, generator=generator)}
+    several = getattr(config, "num_frames", None)
+    if "pixel_attention_mask" in names and "spatial_shapes" not in names:
+        several = 1  # images per sample
+    shape = (_BATCH, *([several] if several else []), channels, height, width)
+    images = {"pixel_values": torch.randn(shape, generator=generator)}
+    if "image_sizes" in names:
+        images["image_sizes"] = torch.tensor([[height, width]] * _BATCH)
+    return images
 
 
 def _sound(config, name: str, generator) -> Tensor:
@@ -107,7 +119,7 @@ def _sound_shape(config, name: str) -> tuple[int, ...]:
         return _FRAMES, width
     if width := _setting(config, "input_feat_per_channel"):
         return _FRAMES, width * config.input_channels
-    return mel, 2 * longest
+    return (mel, 2 * longest) if longest else (4 * _FRAMES, mel)
 
 
 def _samples(config) -> int:
@@ -137,7 +149,7 @@ def _text(model, generator) -> Tensor:
 
 def _with_image_tokens(model, ids: Tensor, inputs: dict[str, Tensor]) -> Tensor:
     """The ids with as many image tokens in each row as the model makes of an image."""
-    images = {k: v for k, v in inputs.items() if k in ("pixel_values", "image_grid_thw")}
+    images = {name: inputs[name] for name in _IMAGE_INPUTS if name in inputs}
     with torch.no_grad():
         features = model.get_image_features(**images)
     features = getattr(features, "pooler_output", features)

@@ -31,7 +31,7 @@ def sample_inputs(model: nn.Module) -> dict[str, Tensor]:
     config, main = model.config, getattr(model, "main_input_name", "input_ids")
     inputs: dict[str, Tensor] = {}
     if "pixel_values" in names and _sees_images(model):
-        inputs |= _images(config, names, generator)
+        inputs |= _images(model, names, generator)
     for name in ("input_values", "input_features"):
         if name in names and (name == main or _hears_sound_beside_text(config)):
             inputs[name] = _sound(config, name, generator)
@@ -46,8 +46,13 @@ def sample_inputs(model: nn.Module) -> dict[str, Tensor]:
         inputs["bbox"] = torch.zeros(*inputs[text].shape, 4, dtype=torch.long)
     if "decoder_input_ids" in names and getattr(config, "is_encoder_decoder", True):
         inputs["decoder_input_ids"] = _text(model, generator)
-    device = next(model.parameters()).device
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
+    return {name: _moved(tensor, model) for name, tensor in inputs.items()}
+
+
+def _moved(tensor: Tensor, model) -> Tensor:
+    """The tensor on the model's device, a floating-point one in its dtype."""
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    return tensor.to(like if tensor.is_floating_point() else like.device)
 
 
 def _configs(config) -> Iterator:
@@ -76,13 +81,21 @@ def _sees_images(model) -> bool:
     return _image_token(model.config) is None or hasattr(model, "get_image_features")
 
 
+def _needs_image_sizes(model) -> bool:
+    """Whether each image comes with a size; some models take sizes and break on them."""
+    ask = getattr(model, "get_image_features", None)
+    sizes = None if ask is None else inspect.signature(ask).parameters.get("image_sizes")
+    return sizes is not None and sizes.default is inspect.Parameter.empty
+
+
 def _hears_sound_beside_text(config) -> bool:
     """Whether sound goes beside the text; what takes it inside the text is given text alone."""
     inside = ("audio_token_id", "audio_token_index")
     return hasattr(config, "audio_config") and not any(hasattr(config, name) for name in inside)
 
 
-def _images(config, names, generator) -> dict[str, Tensor]:
+def _images(model, names, generator) -> dict[str, Tensor]:
+    config = model.config
     channels = _setting(config, "num_channels", "in_channels", "in_chans", default=3)
     if "image_grid_thw" in names:
         vision = config.vision_config
@@ -97,7 +110,7 @@ def _images(config, names, generator) -> dict[str, Tensor]:
         several = 1  # images per sample
     shape = (_BATCH, *([several] if several else []), channels, height, width)
     images = {"pixel_values": torch.randn(shape, generator=generator)}
-    if "image_sizes" in names:
+    if _needs_image_sizes(model):
         images["image_sizes"] = torch.tensor([[height, width]] * _BATCH)
     return images
 
@@ -149,7 +162,7 @@ def _text(model, generator) -> Tensor:
 
 def _with_image_tokens(model, ids: Tensor, inputs: dict[str, Tensor]) -> Tensor:
     """The ids with as many image tokens in each row as the model makes of an image."""
-    images = {name: inputs[name] for name in _IMAGE_INPUTS if name in inputs}
+    images = {name: _moved(inputs[name], model) for name in _IMAGE_INPUTS if name in inputs}
     with torch.no_grad():
         features = model.get_image_features(**images)
     features = getattr(features, "pooler_output", features)

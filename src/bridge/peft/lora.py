@@ -36,6 +36,7 @@ from bridge.peft.targets import (
     did_you_mean,
     match_modules,
     match_targets,
+    tied_linears,
 )
 from bridge.peft.tensors import full_tensor, is_plain
 
@@ -145,7 +146,7 @@ class LoRA:
             trained_in_full=tuple(_trained_row(candidate) for candidate in trained),
             not_adapted=tuple(skipped),
             base_parameters=_count_parameters(root),
-            notes=tuple(_notes(root, trained)),
+            notes=tuple(self._notes(root, chosen, trained)),
         )
 
     def __call__(self, model: Model) -> Model:
@@ -164,7 +165,7 @@ class LoRA:
         check_can_be_adapted(model)
         root = unwrap(model)
         chosen, _, trained = self._match(root)
-        for note in _notes(root, trained):
+        for note in self._notes(root, chosen, trained):
             warnings.warn(note, stacklevel=2)
         seed = int(torch.randint(2**62, (), device="cpu")) if self.seed is None else self.seed
         adapt_in_place(
@@ -182,6 +183,7 @@ class LoRA:
         trained = match_modules(model, self.modules_to_train, "modules_to_train")
         alone: dict[nn.Module, str] = {}
         if self.target_modules == ALL_LINEAR:
+            alone |= dict.fromkeys(tied_linears(model), "shares its weight with another linear")
             for module in random_modules(model).values():
                 alone |= dict.fromkeys(module.modules(), "its weight is from no checkpoint")
         for candidate in trained:
@@ -195,6 +197,33 @@ class LoRA:
                         f"to adapt{did_you_mean(entry, chosen)}"
                     )
         return chosen, skipped, trained
+
+    def _notes(
+        self, model: nn.Module, chosen: Sequence[Candidate], trained: Sequence[Candidate]
+    ) -> Iterator[str]:
+        """What the user should know before training."""
+        covered = {id(m) for candidate in trained for m in candidate.module.modules()}
+        random = [f for f, m in random_modules(model).items() if id(m) not in covered]
+        if random:
+            yield (
+                f"{some_names(random)}: from no checkpoint (random, or resized since loading), and "
+                f"frozen; to train them in full pass modules_to_train={random[:5]}"
+            )
+        half = [c.fqn for c in trained if any(p.itemsize == 2 for p in c.module.parameters())]
+        if half:
+            yield (
+                f"{some_names(half)}: trained in full in 16 bits, in which small steps are lost; "
+                "load the model in float32 and train under autocast"
+            )
+        tied = [c.fqn for c in chosen if c.module in tied_linears(model)]
+        if tied:
+            yield (
+                f"{some_names(tied)}: shares its weight with another linear, which the branch does "
+                "not reach; merging will ask to untie them"
+            )
+        read = read_weights(model)
+        if self.dropout and (undropped := [c.fqn for c in chosen if c.module in read]):
+            yield f"{some_names(undropped)}: read by the model's own code, where dropout cannot act"
 
     def _row(self, candidate: Candidate, read: Mapping[nn.Module, str]) -> PlanRow:
         options = self.options_for(candidate)
@@ -259,23 +288,6 @@ def _check_entry(where: str, entry: Any) -> None:
             re.compile(entry[3:])
         except re.error as error:
             raise AdapterError(f"{where} entry {entry!r} is not a valid regex: {error}") from error
-
-
-def _notes(model: nn.Module, trained: Sequence[Candidate]) -> Iterator[str]:
-    """What the user should know before training: what is random and frozen, what loses steps."""
-    covered = {id(m) for candidate in trained for m in candidate.module.modules()}
-    random = [f for f, m in random_modules(model).items() if id(m) not in covered]
-    if random:
-        yield (
-            f"{some_names(random)}: from no checkpoint (random, or resized since loading), and "
-            f"frozen; to train them in full pass modules_to_train={random[:5]}"
-        )
-    half = [c.fqn for c in trained if any(p.dtype.itemsize == 2 for p in c.module.parameters())]
-    if half:
-        yield (
-            f"{some_names(half)}: trained in full in 16 bits, in which small steps are lost; load "
-            "the model in float32 and train under autocast"
-        )
 
 
 def _trained_row(candidate: Candidate) -> TrainedRow:

@@ -103,6 +103,19 @@ def output_heads(model: nn.Module) -> set[int]:
     return heads
 
 
+def tied_linears(model: nn.Module) -> set[nn.Module]:
+    """The linears whose weight is another linear's too.
+
+    Args:
+        model: The model; it is not touched.
+    """
+    holders: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            holders.setdefault(id(module.weight), []).append(module)
+    return {module for modules in holders.values() if len(modules) > 1 for module in modules}
+
+
 def match_modules(model: nn.Module, entries: Sequence[str], field: str) -> list[Candidate]:
     """The modules that entries mean, whatever they are, without those inside another of them.
 

@@ -207,6 +207,10 @@ class LoRAMixin(nn.Module):
         """Whether the base computes `F.linear` on plain tensors, not on a tensor subclass."""
         return self.plain_forward and is_plain(self.base_weight)
 
+    def is_linear(self) -> bool:
+        """Whether the base computes `W x + b`, so that merging into W keeps the function."""
+        return True
+
     def oriented(self, weight: Tensor) -> Tensor:
         """`weight` as (out_features, in_features), or back, where the base stores it transposed.
 

@@ -209,6 +209,11 @@ def _check_mergeable(fqn: str, layer: LoRAMixin) -> None:
             "norm, a parametrization); make it a plain weight first (prune.remove, "
             "remove_parametrizations, …)"
         )
+    if not layer.is_linear():
+        raise AdapterError(
+            f"{fqn} is a {layer.base_type.__name__}, whose own forward is not W x + b: merged into "
+            "its weight, the branch would compute something else; keep it unmerged"
+        )
     if layer.bypassed:
         raise AdapterError(
             f"{fqn} was never called, though the model and the module around it ran: its branch "

@@ -6,12 +6,15 @@ replace an adapted linear, or cast its A and B. None of that fails by itself.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.dtypes import dtype_name
@@ -65,6 +68,9 @@ class _Watch:
         self._waiting = {layer: fqn for fqn, layer in layers.items()}
         self._dtypes = {layer: layer.branch_dtype for layer in layers.values()}
         self._ran: set[nn.Module] = set()
+        self._versions: dict[LoRAMixin, int] = {}
+        self._wants_grad = False
+        self._untrainable: list[str] = []
         self._holders = {layer: _holder(model, fqn) for fqn, layer in layers.items()}
         self._handles = [
             holder.register_forward_pre_hook(self._saw)
@@ -78,13 +84,17 @@ class _Watch:
     def _begin(self, model: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling():
             check_still_adapted(model)
+            self._wants_grad = torch.is_grad_enabled()
+            self._versions = {m: v for m in self._layers.values() if (v := _version(m)) >= 0}
 
     def _saw(self, holder: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling():
             self._ran.add(holder)
 
     def _called(self, layer: LoRAMixin) -> None:
-        self._waiting.pop(layer, None)
+        fqn = self._waiting.pop(layer, None)
+        if fqn and self._wants_grad and not torch.is_grad_enabled() and not _in_checkpoint():
+            self._untrainable.append(fqn)
         layer.on_call, layer.bypassed = None, False
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
@@ -98,7 +108,24 @@ class _Watch:
             layer.bypassed = True
         if bypassed:
             self._warn_bypassed(bypassed)
+        if self._untrainable:
+            warnings.warn(
+                f"{some_names(self._untrainable)}: the model computes them under torch.no_grad(), so "
+                "A and B get no gradient; leave them out with exclude_modules",
+                stacklevel=2,
+            )
+        self._warn_written()
         self._warn_cast()
+
+    def _warn_written(self) -> None:
+        written = [f for f, m in self._layers.items() if _version(m) > self._versions.get(m, 2**63)]
+        if written:
+            warnings.warn(
+                f"{some_names(written)}: the model's forward writes into the base weight, and the "
+                "branch beside it stays as it is; leave them out with exclude_modules, or switch "
+                "that off in the model's config (RWKV: rescale_every=0)",
+                stacklevel=2,
+            )
 
     def _is_bypassed(self, layer: LoRAMixin) -> bool:
         holder = self._holders[layer]
@@ -128,6 +155,22 @@ class _Watch:
                 "cast the model before adapting it, or A and B back",
                 stacklevel=2,
             )
+
+
+def _version(layer: LoRAMixin) -> int:
+    """How often the base weight was written to; -1 where that is not counted."""
+    weight = layer.base_weight
+    return -1 if weight.is_inference() else weight._version
+
+
+def _in_checkpoint() -> bool:
+    """Whether this is the first pass of a reentrant checkpoint, whose second pass has gradients."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_filename == checkpoint.__code__.co_filename:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _module(root: nn.Module, fqn: str) -> nn.Module | None:

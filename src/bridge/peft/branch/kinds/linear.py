@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.branch.options import DropoutPosition, InitMethod
 from bridge.peft.ops.dispatch import lora_linear
+from bridge.peft.tensors import is_plain
+
+#: Rows on which a base is tried; kernels in 8 bits want a multiple of 16.
+_ROWS = 16
 
 
 class LinearAdapter(LoRAMixin, nn.Linear):
@@ -45,7 +50,7 @@ class LinearAdapter(LoRAMixin, nn.Linear):
         """
         if type(module) is NonDynamicallyQuantizableLinear:
             return "nn.MultiheadAttention reads its weight and never calls its forward"
-        return super().refusal(module)
+        return super().refusal(module) or _own_forward_reason(module)
 
     def __init__(
         self,
@@ -91,6 +96,37 @@ class LinearAdapter(LoRAMixin, nn.Linear):
         drop = self.dropout_now(), self.dropout_position
         return lora_linear(x, self.base_weight, self.bias, a, b, self.scale, *drop)
 
+    def is_linear(self) -> bool:
+        """Whether the base computes `W x + b`, as a subclass with its own forward need not."""
+        weight = self.base_weight
+        if self.plain_forward or not is_plain(weight):
+            return True
+        x = torch.randn(_ROWS, self.in_features, dtype=weight.dtype, device=weight.device)
+        with torch.no_grad():
+            expected, got = F.linear(x, weight, self.bias), self._base_forward(x)
+        tolerance = 100 * torch.finfo(weight.dtype).eps * float(expected.abs().max())
+        return torch.allclose(got, expected, rtol=0.0, atol=tolerance)
+
     def _is_plain_call(self) -> bool:
         """Whether base and branch are one function of plain tensors, with nothing in between."""
         return self.has_plain_base() and not self.has_hooks_on_a_or_b()
+
+
+def _own_forward_reason(module: nn.Module) -> str | None:
+    """Why a subclass with a forward of its own cannot carry a branch: it is a router, say."""
+    forward, weight = type(module).forward, module.weight
+    if forward is nn.Linear.forward or not is_plain(weight) or not weight.is_floating_point():  # pyright: ignore
+        return None
+    shape = (_ROWS, module.in_features)
+    x = torch.zeros(shape, dtype=weight.dtype, device=weight.device)  # pyright: ignore
+    try:
+        with torch.no_grad():
+            out = forward(module, x)
+    except TypeError:  # it takes more than x, which its callers know
+        return None
+    except Exception as error:
+        return f"its own forward does not map (…, in_features): {str(error).splitlines()[0]:.60}"
+    if not isinstance(out, Tensor) or out.shape != (_ROWS, module.out_features):
+        got = tuple(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        return f"its own forward does not answer with (…, out_features), but with {got}"
+    return None

@@ -40,7 +40,7 @@ def quiet_imports() -> Iterator[None]:
 with quiet_imports():
     import transformers
     import transformers.modeling_utils  # else imported by the lazy names below, and not quietly
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -151,6 +151,15 @@ def length_limit(config: PreTrainedConfig) -> int | None:
     text: Any = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def stop_ids(name: str, config: PreTrainedConfig) -> set[int]:
+    """Return the tokens on which the model's generation stops, as its files say."""
+    try:
+        stops = GenerationConfig.from_pretrained(name).eos_token_id
+    except OSError:  # it has no such file: generation then follows the model's configuration
+        stops = getattr(config.get_text_config(), "eos_token_id", None)
+    return set(stops) if isinstance(stops, list) else set() if stops is None else {stops}
 
 
 @contextmanager

@@ -11,27 +11,18 @@ import torch
 
 from bridge.peft.demo import DEMO_EXAMPLES, word_examples
 from bridge.peft.errors import AdapterError
-from bridge.peft.finetune.data import (
-    Row,
-    Shape,
-    data_digest,
-    read_jsonl,
-    rows_of,
-    shape_of,
-)
+from bridge.peft.finetune.data import Row, data_digest, read_rows, rows_of
 from bridge.peft.finetune.models import (
     length_limit,
     load_config,
     load_tokenizer,
     meta_model,
-    quiet_imports,
+    stop_ids,
 )
 from bridge.peft.finetune.options import TrainingOptions, total_steps
 from bridge.peft.finetune.record import RunSpec
-from bridge.peft.finetune.samples import Sample, Tokenizer, fit_length, tokenize
-
-with quiet_imports():
-    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from bridge.peft.finetune.samples import Sample, Tokenizer, fit_length, remarks_of, tokenize
+from bridge.peft.finetune.shapes import Recognised, named, recognise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -70,30 +61,25 @@ def prepare(spec: RunSpec) -> Prepared:
         AdapterError: any of the things a user can mend.
     """
     train_rows, eval_rows = _rows(spec)
-    shape = shape_of(train_rows)
-    if eval_rows and (other := shape_of(eval_rows)) != shape:
-        raise AdapterError(
-            f"the data has {shape} columns but the evaluation data has {other}; give both the same"
-        )
     config = load_config(spec.model)
     # the plan knows every target, so a mistaken one is told before any weight is loaded
     plan = spec.lora.plan(meta_model(config, spec.model))
     tokenizer = load_tokenizer(spec.model)
-    notes = []
-    template, note = _chat_template(tokenizer, shape, spec.model)
-    notes += [note] if note else []
+    data = _recognised(train_rows, eval_rows, tokenizer)
+    stops = stop_ids(spec.model, config)
+    notes = [note for part in data.values() for note in part.notes]
+    notes += _stop_note(tokenizer, stops)
     limit = _max_length(spec.options, config)
-    splits: list[list[Sample]] = []
-    for rows in (train_rows, eval_rows):
-        samples = tokenize(rows, shape, tokenizer, template)
+    splits: dict[str, list[Sample]] = {"data": [], "evaluation data": []}
+    for name, part in data.items():
+        samples = tokenize(part.rows, part.shape, tokenizer, stop_ids=stops)
         _check_vocabulary(samples, config, spec.model)
-        if samples:
-            samples, note = fit_length(
-                samples, limit, spec.options.on_long, limit=length_limit(config)
-            )
-            notes += [note] if note else []
-        splits.append(samples)
-    train, evaluation = splits
+        notes += remarks_of(samples, name)
+        splits[name], note = fit_length(
+            samples, limit, spec.options.on_long, limit=length_limit(config), name=name
+        )
+        notes += [note] if note else []
+    train, evaluation = splits.values()
     if not evaluation:
         train, evaluation, note = _hold_out(train, spec.options)
         notes.append(note)
@@ -141,8 +127,8 @@ def _rows(spec: RunSpec) -> tuple[list[Row], list[Row]]:
         train = word_examples("train", DEMO_EXAMPLES["train"])
         held_out = word_examples("held_out", DEMO_EXAMPLES["held_out"])
         return rows_of(train, "demo"), rows_of(held_out, "demo, held out")
-    evaluation = read_jsonl(spec.eval_data, "--eval-data") if spec.eval_data else []
-    return read_jsonl(spec.data), evaluation
+    evaluation = read_rows(spec.eval_data, evaluation=True) if spec.eval_data else []
+    return read_rows(spec.data), evaluation
 
 
 def _max_length(options: TrainingOptions, config: PreTrainedConfig) -> int:
@@ -157,26 +143,31 @@ def _max_length(options: TrainingOptions, config: PreTrainedConfig) -> int:
     return options.max_length
 
 
-def _chat_template(tokenizer: Any, shape: Shape, model: str) -> tuple[str | None, str | None]:
-    """Return a template that marks the assistant's words if there is one, and a line if not."""
-    if shape != "messages":
-        return None, None
-    own = tokenizer.chat_template
-    if own is None:
+def _recognised(train: list[Row], evaluation: list[Row], tokenizer: Any) -> dict[str, Recognised]:
+    has_template = bool(tokenizer.chat_template)
+    data = {"data": recognise(train, has_chat_template=has_template)}
+    if evaluation:
+        name = "evaluation data"
+        data[name] = recognise(evaluation, name=name, has_chat_template=has_template)
+    shapes = [part.shape for part in data.values()]
+    if len(set(shapes)) > 1:
         raise AdapterError(
-            f'the tokenizer of {model} has no chat template, which "messages" need; '
-            'write "prompt" and "completion" rows, or set tokenizer.chat_template and save it'
+            f"the data has rows of {shapes[0]} but the evaluation data has rows of {shapes[1]}; "
+            "give both the same"
         )
-    own = own["default"] if isinstance(own, dict) else own
-    if has_generation_markers(own):
-        return own, None
-    try:
-        return get_training_chat_template(tokenizer), None
-    except ValueError:
-        return None, (
-            "the chat template does not mark the assistant's words "
-            "({% generation %}): loss on all tokens"
-        )
+    return data
+
+
+def _stop_note(tokenizer: Any, stops: set[int]) -> list[str]:
+    """Say so where samples are closed by a token on which generation does not stop."""
+    end = tokenizer.eos_token_id
+    if end is None or not stops or end in stops:
+        return []
+    known = named(tokenizer.convert_ids_to_tokens(stop) for stop in sorted(stops))
+    return [
+        f"the tokenizer ends a text with {tokenizer.eos_token} but the model's generation stops on "
+        f"{known}: pass eos_token_id={end} to generate()"
+    ]
 
 
 def _hold_out(

@@ -1,0 +1,297 @@
+"""Render conversations with the tokenizer's chat template and find the assistant's words in them.
+
+A template with `{% generation %}` marks them. Without, they are what a conversation has more than
+the prompt that inference would give: the same messages before, rendered with
+`add_generation_prompt=True`. An answer is taken only where that prompt is exactly how the whole
+conversation begins.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bridge.peft.errors import AdapterError
+from bridge.peft.finetune.data import Row
+from bridge.peft.finetune.models import quiet_imports
+from bridge.peft.finetune.shapes import Messages, named
+
+with quiet_imports():
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# "name" and the fields of tools matter to few templates, and are often there for others
+_ALWAYS_READ = {"role", "content", "name", "tool_call_id"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """Where something to learn stands in a text; `is_last` if nothing follows it."""
+
+    start: int
+    end: int
+    is_last: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendered:
+    """A conversation as text.
+
+    Attributes:
+        text: what the chat template made of it.
+        answers: what is learned, with the token that ends each turn.
+        is_open: no token on which generation stops ends the last answer: one has to be appended.
+        remarks: what the user should know, to be counted over all rows.
+    """
+
+    text: str
+    answers: list[Answer]
+    is_open: bool
+    remarks: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chat:
+    """A tokenizer's chat template with the tools of one row."""
+
+    tokenizer: Any
+    template: str
+    tools: list[dict[str, Any]] | None
+
+    def __call__(self, messages: Messages, *, prompt: bool = False) -> str:
+        return self.tokenizer.apply_chat_template(
+            messages,
+            tools=self.tools,
+            chat_template=self.template,
+            add_generation_prompt=prompt,
+            tokenize=False,
+        )
+
+
+def render(
+    row: Row, tokenizer: Any, stops: Collection[str], chat_template: str | None = None
+) -> Rendered:
+    """Render the row's messages and find what is learned of them.
+
+    Args:
+        row: with `messages`, and `tools` where there are any.
+        tokenizer: a transformers tokenizer.
+        stops: the tokens on which generation stops, as text.
+        chat_template: in place of the tokenizer's own.
+
+    Raises:
+        AdapterError: there is no template for the row, or the template refuses it.
+    """
+    tools = row.columns.get("tools")
+    try:
+        template = tokenizer.get_chat_template(chat_template, tools)
+    except ValueError:
+        raise AdapterError(_no_template(row, tokenizer)) from None
+    chat = _Chat(tokenizer=tokenizer, template=template, tools=tools)
+    learned = [
+        message["role"] == "assistant" and message.get("weight", 1) != 0
+        for message in row.columns["messages"]
+    ]
+    messages = [
+        {key: value for key, value in message.items() if key != "weight"}
+        for message in row.columns["messages"]
+    ]
+    if not any(learned):
+        raise AdapterError(
+            f'{row.where} has no token to learn: no message of role "assistant" that is learned; '
+            f"{_roles(messages)}"
+        )
+    messages, text = _rendered(chat, messages, row.where)
+    remarks = list(_unread(messages, text, chat))
+    if _MARKER.search(template):
+        answers = _marked(chat, messages, learned, row.where)
+    else:
+        answers, remark = _by_prefixes(chat, messages, learned, text, row.where)
+        remarks += remark
+    answers, is_open, remark = _with_ends(answers, text, stops)
+    return Rendered(text=text, answers=answers, is_open=is_open, remarks=(*remarks, *remark))
+
+
+def _rendered(chat: _Chat, messages: Messages, where: str) -> tuple[Messages, str]:
+    """Render with the contents as given, or as the only other kind that the template reads."""
+    has_parts = any(isinstance(message.get("content"), list) for message in messages)
+    text, problem = _attempt(chat, messages)
+    if text is not None and _shows(messages, text, least=all if has_parts else any):
+        return messages, text
+    other = [_as_string(message) if has_parts else _as_parts(message) for message in messages]
+    other_text, _ = _attempt(chat, other)
+    if other_text is not None and _shows(other, other_text, least=all):
+        return other, other_text
+    if text is not None:
+        return messages, text
+    reason = " ".join(str(problem).split())
+    raise AdapterError(
+        f"{where} does not fit the chat template ({reason}); {_roles(messages)}"
+    ) from problem
+
+
+def _attempt(chat: _Chat, messages: Messages) -> tuple[str | None, Exception | None]:
+    try:
+        return chat(messages), None
+    except Exception as error:  # templates raise what they like
+        return None, error
+
+
+def _shows(messages: Messages, text: str, *, least: Any) -> bool:
+    """Whether the words are in the text, and not as a printed list of content parts."""
+    words = list(_words(messages))
+    printed = any(
+        isinstance(message.get("content"), list) and str(message["content"]) in text
+        for message in messages
+    )
+    return not printed and (not words or least(word in text for word in words))
+
+
+def _words(messages: Messages) -> Iterator[str]:
+    for message in messages:
+        if message["role"] in ("system", "user", "assistant"):
+            content = message.get("content") or ""
+            parts = [content] if isinstance(content, str) else [part["text"] for part in content]
+            yield from (part.strip() for part in parts if part.strip())
+
+
+def _as_string(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    return {**message, "content": "".join(part["text"] for part in content)}
+
+
+def _as_parts(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    if not isinstance(content, str):
+        return message
+    return {**message, "content": [{"type": "text", "text": content}]}
+
+
+def _unread(messages: Messages, text: str, chat: _Chat) -> Iterator[str]:
+    """Say what of the messages the template leaves out."""
+    if not _shows(messages, text, least=all):
+        yield "the chat template leaves out words of the messages"
+    if chat.tools and "tools" not in chat.template:
+        yield 'the chat template does not read "tools"'
+    keys = dict.fromkeys(key for message in messages for key in message)
+    unread = [key for key in keys if key not in _ALWAYS_READ and key not in chat.template]
+    if unread:
+        yield f"the chat template does not read {named(unread)} of the messages"
+
+
+def _marked(chat: _Chat, messages: Messages, learned: list[bool], where: str) -> list[Answer]:
+    rendering: Any = render_jinja_template(
+        conversations=[messages],
+        tools=chat.tools,  # pyright: ignore[reportArgumentType]
+        chat_template=chat.template,
+        return_assistant_tokens_mask=True,
+        **chat.tokenizer.special_tokens_map,
+    )
+    spans: list[tuple[int, int]] = rendering[1][0]
+    wanted = [
+        is_learned
+        for message, is_learned in zip(messages, learned, strict=True)
+        if message["role"] == "assistant"
+    ]
+    if not all(wanted):
+        if len(wanted) != len(spans):
+            raise AdapterError(
+                f'{where} has "weight": 0, but the chat template marks {len(spans)} answers of '
+                f'{len(wanted)} messages of role "assistant"; remove the weight or the row'
+            )
+        spans = [span for span, is_wanted in zip(spans, wanted, strict=True) if is_wanted]
+    return [
+        Answer(start=start, end=end, is_last=learned[-1] and (start, end) == spans[-1])
+        for start, end in spans
+        if end > start
+    ]
+
+
+def _by_prefixes(
+    chat: _Chat, messages: Messages, learned: list[bool], text: str, where: str
+) -> tuple[list[Answer], list[str]]:
+    wanted = [index for index, is_learned in enumerate(learned) if is_learned]
+    found = [(index, _after_prompt(chat, messages, index, text)) for index in wanted]
+    answers = [
+        Answer(start=span[0], end=span[1], is_last=index == len(messages) - 1)
+        for index, span in found
+        if span is not None
+    ]
+    if not answers:
+        if sum(message["role"] == "assistant" for message in messages) > len(wanted):
+            raise AdapterError(
+                f'{where} has "weight": 0, but the chat template does not tell where the '
+                "assistant's words are; mark them with {% generation %}"
+            )
+        whole = Answer(start=0, end=len(text), is_last=True)
+        return [whole], [
+            "the chat template does not tell where the assistant's words are "
+            "({% generation %}): loss on all tokens"
+        ]
+    if len(answers) < len(wanted):
+        return answers, [
+            "an answer is not learned, because the chat template renders the conversation "
+            "otherwise once it goes on"
+        ]
+    return answers, []
+
+
+def _after_prompt(chat: _Chat, messages: Messages, index: int, text: str) -> tuple[int, int] | None:
+    """Return where message `index` stands in the text, if right after what inference is given."""
+    try:
+        before = chat(messages[:index], prompt=True)
+        upto = chat(messages[: index + 1])
+    except Exception:  # an answer to nothing, which templates and transformers refuse
+        return None
+    # some templates end every rendering, not every turn, with the end-of-sequence token
+    for whole in (upto, upto.removesuffix(chat.tokenizer.eos_token or "")):
+        if text.startswith(whole) and whole.startswith(before) and len(whole) > len(before):
+            return len(before), len(whole)
+    return None
+
+
+def _with_ends(
+    answers: Sequence[Answer], text: str, stops: Collection[str]
+) -> tuple[list[Answer], bool, list[str]]:
+    """Let each answer end with the token on which generation stops, where the text has one."""
+    stop = "|".join(re.escape(token) for token in sorted(stops, key=len, reverse=True)) or "(?!)"
+    ended, is_open, remarks = [], False, []
+    for answer in answers:
+        closing = re.compile(rf"(?:\s|{stop})*\Z").search(text, answer.start, answer.end)
+        inside = re.compile(stop).search(
+            text, closing.start() if closing else answer.end, answer.end
+        )
+        outside = re.compile(rf"\s*(?:{stop})").match(text, answer.end)
+        if inside:
+            end = inside.end()
+        elif outside:
+            end = outside.end()
+            remarks = [
+                f"{outside.group().strip()}, which ends an answer, stands outside what the chat "
+                "template marks as the assistant's words: it is learned too"
+            ]
+        else:
+            is_open = answer.is_last
+            end = len(text) if is_open else answer.end
+        ended.append(replace(answer, end=end))
+    return ended, is_open, remarks
+
+
+def _no_template(row: Row, tokenizer: Any) -> str:
+    if not tokenizer.chat_template:
+        return (
+            f"{row.where} has messages but the tokenizer has no chat template; "
+            'write "prompt" and "completion" rows, or set tokenizer.chat_template and save it'
+        )
+    return (
+        f"{row.where} needs one of the tokenizer's chat templates, "
+        f'{named(tokenizer.chat_template)}, and none is "default"; name one so and save it'
+    )
+
+
+def _roles(messages: Messages) -> str:
+    return f"the roles are {named(dict.fromkeys(m['role'] for m in messages))}"

@@ -25,6 +25,19 @@ _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # "name" and the fields of tools matter to few templates, and are often there for others
 _ALWAYS_READ = {"role", "content", "name", "tool_call_id"}
 
+_ALL = (
+    "the chat template does not tell where the assistant's words are ({% generation %}): "
+    "loss on all tokens"
+)
+_CHANGES = (
+    "an answer is not learned, because the chat template renders it otherwise once the "
+    "conversation goes on; end a row with each such answer"
+)
+_OTHER_PROMPT = (
+    "an answer is learned with the header that the chat template gives it, because the prompt "
+    "for generation begins it otherwise: inference will give another context"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
@@ -132,9 +145,11 @@ def _rendered(chat: _Chat, messages: Messages, where: str) -> tuple[Messages, st
     ) from problem
 
 
-def _attempt(chat: _Chat, messages: Messages) -> tuple[str | None, Exception | None]:
+def _attempt(
+    chat: _Chat, messages: Messages, *, prompt: bool = False
+) -> tuple[str | None, Exception | None]:
     try:
-        return chat(messages), None
+        return chat(messages, prompt=prompt), None
     except Exception as error:  # templates raise what they like
         return None, error
 
@@ -214,44 +229,41 @@ def _marked(chat: _Chat, messages: Messages, learned: list[bool], where: str) ->
 def _by_prefixes(
     chat: _Chat, messages: Messages, learned: list[bool], text: str, where: str
 ) -> tuple[list[Answer], list[str]]:
-    wanted = [index for index, is_learned in enumerate(learned) if is_learned]
-    found = [(index, _after_prompt(chat, messages, index, text)) for index in wanted]
-    answers = [
-        Answer(start=span[0], end=span[1], is_last=index == len(messages) - 1)
-        for index, span in found
-        if span is not None
-    ]
-    if not answers:
-        if sum(message["role"] == "assistant" for message in messages) > len(wanted):
-            raise AdapterError(
-                f'{where} has "weight": 0, but the chat template does not tell where the '
-                "assistant's words are; mark them with {% generation %}"
-            )
-        whole = Answer(start=0, end=len(text), is_last=True)
-        return [whole], [
-            "the chat template does not tell where the assistant's words are "
-            "({% generation %}): loss on all tokens"
-        ]
-    if len(answers) < len(wanted):
-        return answers, [
-            "an answer is not learned, because the chat template renders the conversation "
-            "otherwise once it goes on"
-        ]
-    return answers, []
+    answers: list[Answer] = []
+    remarks: set[str] = set()
+    for index, is_learned in enumerate(learned):
+        if not is_learned:
+            continue
+        span, remark = _span(chat, messages, index, text)
+        remarks |= {remark} if remark else set()
+        if span:
+            start, end = span
+            answers.append(Answer(start=start, end=end, is_last=index == len(messages) - 1))
+    if answers:
+        return answers, sorted(remarks)
+    if sum(message["role"] == "assistant" for message in messages) > sum(learned):
+        raise AdapterError(
+            f'{where} has "weight": 0, but the chat template does not tell where the '
+            "assistant's words are; mark them with {% generation %}"
+        )
+    return [Answer(start=0, end=len(text), is_last=True)], [_ALL]
 
 
-def _after_prompt(chat: _Chat, messages: Messages, index: int, text: str) -> tuple[int, int] | None:
-    """Return where message `index` stands in the text, if right after what inference is given."""
-    try:
-        before = chat(messages[:index], prompt=True)
-        upto = chat(messages[: index + 1])
-    except Exception:  # an answer to nothing, which templates and transformers refuse
-        return None
+def _span(
+    chat: _Chat, messages: Messages, index: int, text: str
+) -> tuple[tuple[int, int] | None, str | None]:
+    """Find what message `index` adds to the text, and say so if inference prompts otherwise."""
+    upto, _ = _attempt(chat, messages[: index + 1])
     # some templates end every rendering, not every turn, with the end-of-sequence token
-    for whole in (upto, upto.removesuffix(chat.tokenizer.eos_token or "")):
-        if text.startswith(whole) and whole.startswith(before) and len(whole) > len(before):
-            return len(before), len(whole)
-    return None
+    ends = [upto, upto.removesuffix(chat.tokenizer.eos_token or "")] if upto else []
+    whole = next((end for end in ends if text.startswith(end)), None)
+    if whole is None:
+        return None, _CHANGES
+    for prompt, remark in ((True, None), (False, _OTHER_PROMPT)):
+        before, _ = _attempt(chat, messages[:index], prompt=prompt)
+        if before and whole.startswith(before) and len(whole) > len(before):
+            return (len(before), len(whole)), remark
+    return None, _CHANGES
 
 
 def _with_ends(

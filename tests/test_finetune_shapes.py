@@ -26,18 +26,18 @@ def messages_of(*rows, **more):
 @pytest.mark.parametrize(
     ("columns", "shape", "said"),
     [
-        ({"text": "a"}, "text", "data: 1 rows of text"),
-        ({"prompt": "a", "completion": ""}, "prompt/completion", "data: 1 rows of prompt/comp"),
-        ({"messages": [USER, ANSWER]}, "messages", "data: 1 rows of messages"),
+        ({"text": "a"}, "text", "data: 1 row of text"),
+        ({"prompt": "a", "completion": ""}, "prompt/completion", "data: 1 row of prompt/comp"),
+        ({"messages": [USER, ANSWER]}, "messages", "data: 1 row of messages"),
         (
             {"conversations": [{"from": "human", "value": "hi"}]},
             "messages",
-            "data: 1 rows of ShareGPT conversations, read as messages",
+            "data: 1 row of ShareGPT conversations, read as messages",
         ),
         (
             {"instruction": "a", "output": "b"},
             "messages",
-            "data: 1 rows of Alpaca instructions, read as messages",
+            "data: 1 row of Alpaca instructions, read as messages",
         ),
     ],
 )
@@ -106,6 +106,14 @@ def test_a_prompt_of_messages_is_context_that_is_not_learned():
     assert messages_of(row) == [USER, {**ANSWER, "weight": 0}, USER, ANSWER]
 
 
+def test_prompts_of_strings_and_of_messages_are_not_mixed():
+    rows = [{"prompt": [USER], "completion": [ANSWER]}, {"prompt": "a", "completion": "b"}]
+    with pytest.raises(AdapterError, match="file:2 has prompt/completion columns but file:1 has"):
+        read(*rows)
+    with pytest.raises(AdapterError, match='file:1 has "completion" of type str; write a list'):
+        read({"prompt": [USER], "completion": "b"})
+
+
 def test_tools_stand_beside_the_messages_also_as_json_in_a_string():
     for tools in ([TOOL], '[{"type": "function", "function": {"name": "add", "parameters": {}}}]'):
         (row,) = read({"messages": [USER, CALL], "tools": tools}).rows
@@ -155,6 +163,7 @@ def test_columns_that_are_not_read_are_named_at_most_five():
         ({"messages": [{**ANSWER, "weight": "0"}]}, 'has "weight": "0"'),
         ({"messages": [{**USER, "weight": 1}]}, 'of role "user" has "weight": 1, but only what'),
         ({"messages": [USER, ANSWER], "tools": "["}, '"tools" that are not JSON'),
+        ({"messages": [USER, ANSWER], "tools": '["\\ud83d"]'}, "has half of a surrogate pair"),
         ({"messages": [USER, ANSWER], "tools": "{}"}, '"tools" that are not objects'),
         ({"messages": [USER, ANSWER], "tools": [1]}, '"tools" that are not objects'),
         ({"messages": [USER, ANSWER], "tools": 1}, '"tools" that are not objects'),

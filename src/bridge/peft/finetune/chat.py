@@ -15,15 +15,18 @@ from typing import Any
 
 from bridge.peft.errors import AdapterError
 from bridge.peft.finetune.data import Row
+from bridge.peft.finetune.messages import Messages
 from bridge.peft.finetune.models import quiet_imports
-from bridge.peft.finetune.shapes import Messages, named
+from bridge.peft.finetune.shapes import named
 
 with quiet_imports():
     from transformers.utils.chat_template_utils import render_jinja_template
 
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# "name" and the fields of tools matter to few templates, and are often there for others
-_ALWAYS_READ = {"role", "content", "name", "tool_call_id"}
+# keys that few templates read and whose loss changes no words
+_HARMLESS = {"role", "content", "name", "tool_call_id"}
+# transformers gives a template that reads one of these the value of another
+_THOUGHTS = {"reasoning_content", "reasoning", "thinking"}
 
 _ALL = (
     "the chat template does not tell where the assistant's words are ({% generation %}): "
@@ -190,11 +193,12 @@ def _unread(messages: Messages, text: str, chat: _Chat) -> Iterator[str]:
     """Say what of the messages the template leaves out."""
     if not _shows(messages, text, least=all):
         yield "the chat template leaves out words of the messages"
-    if chat.tools and "tools" not in chat.template:
+    read = set(re.findall(r"\w+", chat.template))
+    read |= _THOUGHTS if _THOUGHTS & read else set()
+    if chat.tools and "tools" not in read:
         yield 'the chat template does not read "tools"'
     keys = dict.fromkeys(key for message in messages for key in message)
-    unread = [key for key in keys if key not in _ALWAYS_READ and key not in chat.template]
-    if unread:
+    if unread := [key for key in keys if key not in _HARMLESS | read]:
         yield f"the chat template does not read {named(unread)} of the messages"
 
 
@@ -270,27 +274,34 @@ def _with_ends(
     answers: Sequence[Answer], text: str, stops: Collection[str]
 ) -> tuple[list[Answer], bool, list[str]]:
     """Let each answer end with the token on which generation stops, where the text has one."""
-    stop = "|".join(re.escape(token) for token in sorted(stops, key=len, reverse=True)) or "(?!)"
     ended, is_open, remarks = [], False, []
     for answer in answers:
-        closing = re.compile(rf"(?:\s|{stop})*\Z").search(text, answer.start, answer.end)
-        inside = re.compile(stop).search(
-            text, closing.start() if closing else answer.end, answer.end
-        )
-        outside = re.compile(rf"\s*(?:{stop})").match(text, answer.end)
-        if inside:
-            end = inside.end()
-        elif outside:
-            end = outside.end()
+        end = _end_inside(text, answer, stops)
+        rest = text[answer.end :].lstrip()
+        outside = next((stop for stop in stops if rest.startswith(stop)), None)
+        if end is None and outside:
+            end = len(text) - len(rest) + len(outside)
             remarks = [
-                f"{outside.group().strip()}, which ends an answer, stands outside what the chat "
-                "template marks as the assistant's words: it is learned too"
+                f"{outside}, which ends an answer, stands outside what the chat template marks as "
+                "the assistant's words: it is learned too"
             ]
-        else:
+        elif end is None:
             is_open = answer.is_last
             end = len(text) if is_open else answer.end
         ended.append(replace(answer, end=end))
     return ended, is_open, remarks
+
+
+def _end_inside(text: str, answer: Answer, stops: Collection[str]) -> int | None:
+    """Return where the first stop ends of those that, with blanks, close the answer."""
+    first, end = None, answer.end
+    while True:
+        body = text[answer.start : end].rstrip()
+        stop = next((stop for stop in stops if body.endswith(stop)), None)
+        if stop is None:
+            return first
+        first = answer.start + len(body)
+        end = first - len(stop)
 
 
 def _no_template(row: Row, tokenizer: Any) -> str:

@@ -52,7 +52,7 @@ def read_rows(path: str | Path, *, evaluation: bool = False) -> list[Row]:
     if not rows:
         raise AdapterError(f"{name} holds no rows; write one JSON object a line")
     for row in rows:
-        _refuse_surrogates(row)
+        refuse_surrogates(row)
     return rows
 
 
@@ -67,6 +67,23 @@ def data_digest(rows: Sequence[Row]) -> str:
     for row in rows:
         digest.update(json.dumps(row.columns, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()
+
+
+def refuse_surrogates(row: Row) -> None:
+    """Refuse half of a character, which JSON can spell and no tokenizer can read.
+
+    Raises:
+        AdapterError: a column holds one.
+    """
+    for key, value in row.columns.items():
+        try:
+            json.dumps([key, value], ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise AdapterError(
+                f"{row.where} has half of a surrogate pair, {half}, in {key!r}; "
+                "write the whole character or remove it"
+            ) from None
 
 
 def _rows(path: Path, name: str) -> Iterator[Row]:
@@ -128,7 +145,7 @@ def _parquet(path: Path, name: str) -> Iterator[Row]:
     try:
         batches = pyarrow.parquet.ParquetFile(path).iter_batches()
         values = [value for batch in batches for value in batch.to_pylist()]
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise AdapterError(f"{name} is not Parquet ({reason}); write the file anew") from None
     for number, value in enumerate(values, start=1):
@@ -172,16 +189,3 @@ def _object(value: Any, where: str) -> dict[str, Any]:
             f"{where} is a JSON {type(value).__name__}, not an object; write {{...}} for each row"
         )
     return value
-
-
-def _refuse_surrogates(row: Row) -> None:
-    """JSON may spell half of a character, which no tokenizer can read."""
-    for key, value in row.columns.items():
-        try:
-            json.dumps([key, value], ensure_ascii=False, default=str).encode()
-        except UnicodeEncodeError as error:
-            half = f"\\u{ord(error.object[error.start]):04x}"
-            raise AdapterError(
-                f"{row.where} has half of a surrogate pair, {half}, in {key!r}; "
-                "write the whole character or remove it"
-            ) from None

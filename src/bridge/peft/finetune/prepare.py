@@ -21,8 +21,9 @@ from bridge.peft.finetune.models import (
 )
 from bridge.peft.finetune.options import TrainingOptions, total_steps
 from bridge.peft.finetune.record import RunSpec
-from bridge.peft.finetune.samples import Sample, Tokenizer, fit_length, remarks_of, tokenize
+from bridge.peft.finetune.samples import Sample, fit_length, remarks_of, tokenize
 from bridge.peft.finetune.shapes import Recognised, named, recognise
+from bridge.peft.finetune.tokens import Tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -8,48 +8,17 @@ an answer begins, should a token of the whole text reach across that place.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
 
 from bridge.peft.errors import AdapterError
 from bridge.peft.finetune.chat import render
 from bridge.peft.finetune.data import Row
 from bridge.peft.finetune.options import OnLong
 from bridge.peft.finetune.shapes import Shape
+from bridge.peft.finetune.tokens import TextTokenizer, Tokenizer, cut_at
 
 IGNORED = -100
-
-_CUT = (
-    "an answer begins or ends inside a token of the whole text: it is learned after the tokens of "
-    "the prompt alone, as inference gives them"
-)
-_NOT_CUT = (
-    "an answer begins inside a token that the tokenizer cannot cut: it is learned after other "
-    "tokens than inference gives; let the blank begin the answer instead of ending the prompt"
-)
-# What a continuation is tokenized behind, where tokenizers treat the start of a text specially.
-_ANCHORS = ("", "\n", ".")
-
-
-class Tokenizer(Protocol):
-    """What is asked of a transformers tokenizer, for one text at a time."""
-
-    eos_token_id: int | None
-    pad_token_id: int | None
-    chat_template: Any
-
-    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Mapping[str, list[int]]:
-        """Return `input_ids` of the text."""
-        ...
-
-    def decode(self, token_ids: list[int]) -> str:
-        """Return the text of the ids, special tokens included."""
-        ...
-
-    def convert_ids_to_tokens(self, ids: int) -> str | None:
-        """Return the token of an id."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +53,7 @@ def tokenize(
     Raises:
         AdapterError: a row that cannot be rendered or has no token to learn, with the line.
     """
-    text = _Text.of(tokenizer, stop_ids)
+    text = TextTokenizer.of(tokenizer, stop_ids)
     encode: dict[Shape, Callable[[Row], Sample]] = {
         "text": lambda row: _text(row, text),
         "prompt/completion": lambda row: _completion(row, text),
@@ -164,66 +133,16 @@ def fit_length(
     return kept, f"{count}, the longest has {size}: {done}{note}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Text:
-    """A tokenizer, and the ids with which it opens and we close a text."""
-
-    tokenizer: Tokenizer
-    opening: list[int]
-    closing: list[int]
-    stops: tuple[str, ...]
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer, stop_ids: Collection[int]) -> _Text:
-        bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-        whole = tokenizer("a")["input_ids"]
-        starts = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
-        start = next(starts, 0)
-        end = tokenizer.eos_token_id
-        ids = [*stop_ids] if end is None else [end, *stop_ids]
-        tokens = [tokenizer.convert_ids_to_tokens(token_id) for token_id in ids]
-        return cls(
-            tokenizer=tokenizer,
-            opening=list(whole[:start]),
-            closing=list(whole[start + len(bare) :]) if end is None else [end],
-            stops=tuple(token for token in tokens if token),
-        )
-
-    def ids(self, text: str) -> list[int]:
-        """Tokenize the text, and nothing before or after it."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def opened(self, ids: list[int]) -> tuple[list[int], tuple[str, ...]]:
-        """Put before the ids what inference puts there, once, and say if it was there already."""
-        if self.opening and ids[: len(self.opening)] == self.opening:
-            return [], (
-                f"the text begins with {self.tokenizer.decode(self.opening)}, which the tokenizer "
-                "adds too: it is kept once; pass add_special_tokens=False at inference",
-            )
-        return self.opening, ()
-
-    def closed(self, ids: list[int]) -> list[int]:
-        """End the ids as a text ends, once."""
-        return (
-            ids
-            if not self.closing or ids[-len(self.closing) :] == self.closing
-            else [
-                *ids,
-                *self.closing,
-            ]
-        )
-
-
-def _text(row: Row, text: _Text) -> Sample:
+def _text(row: Row, text: TextTokenizer) -> Sample:
     ids = text.ids(row.columns["text"])
     opening, remarks = text.opened(ids)
     ids = text.closed([*opening, *ids])
     return Sample(input_ids=ids, labels=list(ids), where=row.where, remarks=remarks)
 
 
-def _completion(row: Row, text: _Text) -> Sample:
+def _completion(row: Row, text: TextTokenizer) -> Sample:
     prompt, completion = row.columns["prompt"], row.columns["completion"]
-    ids, (start,), cut = _cut(prompt + completion, [len(prompt)], text)
+    ids, (start,), cut = cut_at(prompt + completion, [len(prompt)], text)
     opening, twice = text.opened(ids)
     ids = text.closed([*opening, *ids])
     start += len(opening)
@@ -231,11 +150,11 @@ def _completion(row: Row, text: _Text) -> Sample:
     return Sample(input_ids=ids, labels=labels, where=row.where, remarks=(*twice, *cut))
 
 
-def _messages(row: Row, text: _Text, chat_template: str | None) -> Sample:
+def _messages(row: Row, text: TextTokenizer, chat_template: str | None) -> Sample:
     # the template writes the opening itself: nothing is added to what it renders
     rendered = render(row, text.tokenizer, text.stops, chat_template)
     places = [place for answer in rendered.answers for place in (answer.start, answer.end)]
-    ids, at, remarks = _cut(rendered.text, places, text)
+    ids, at, remarks = cut_at(rendered.text, places, text)
     labels = [IGNORED] * len(ids)
     for start, end in zip(at[::2], at[1::2], strict=True):
         labels[start:end] = ids[start:end]
@@ -245,59 +164,9 @@ def _messages(row: Row, text: _Text, chat_template: str | None) -> Sample:
         ids, labels = [*ids, end], [*labels, end]
         remarks += (
             "the chat template ends the last answer with no token on which generation stops: "
-            f"{text.tokenizer.decode([end])} is appended and learned",
+            f"{text.decoded([end])} is appended and learned",
         )
     return Sample(input_ids=ids, labels=labels, where=row.where, remarks=remarks)
-
-
-def _cut(
-    whole: str, places: Sequence[int], text: _Text
-) -> tuple[list[int], list[int], tuple[str, ...]]:
-    """Tokenize so that a token begins at every place.
-
-    Args:
-        whole: the text.
-        places: indices into it, in ascending order.
-        text: the tokenizer.
-
-    Returns:
-        The ids; for each place how many ids stand before it; and what had to be done for it.
-    """
-    ids = text.ids(whole)
-    heads = [text.ids(whole[:place]) for place in places]
-    if all(ids[: len(head)] == head for head in heads):
-        return ids, [len(head) for head in heads], ()
-    pieces: list[int] = []
-    counts: list[int] = []
-    done = 0
-    for place in (*places, len(whole)):
-        piece = _continuation(whole[:done], pieces, whole[done:place], text)
-        if piece is None:
-            return ids, [_shared(ids, head) for head in heads], (_NOT_CUT,)
-        pieces += piece
-        counts.append(len(pieces))
-        done = place
-    return pieces, counts[:-1], (_CUT,)
-
-
-def _continuation(before: str, ids: list[int], piece: str, text: _Text) -> list[int] | None:
-    """Tokenize a piece that follows `ids`, the ids of `before`; None if that cannot be done."""
-    natural = text.ids(before + piece)
-    if natural[: len(ids)] == ids:
-        return natural[len(ids) :]
-    wanted = text.tokenizer.decode(natural)
-    for anchor in _ANCHORS:
-        start, whole = text.ids(anchor), text.ids(anchor + piece)
-        tail = whole[len(start) :]
-        if whole[: len(start)] == start and text.tokenizer.decode([*ids, *tail]) == wanted:
-            return tail
-    return None
-
-
-def _shared(ids: list[int], others: list[int]) -> int:
-    """Count the ids that both begin with."""
-    pairs = zip(ids, others, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(others)))
 
 
 def _shortened(sample: Sample, max_length: int) -> Sample:

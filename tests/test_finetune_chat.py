@@ -192,6 +192,35 @@ def test_content_parts_and_strings_are_the_same_words_in_every_template(template
         assert len(learned(tokenizer, sample)) == 2 and sample.remarks == ()
 
 
+def test_words_that_the_template_writes_anyway_are_not_taken_for_the_content():
+    tokenizer = TOKENIZERS["byte level"]
+    messages = [{"role": "user", "content": "us"}, {"role": "assistant", "content": "s"}]
+    sample = sample_of(tokenizer, chat.PARTS_ONLY, messages=messages)
+    assert learned(tokenizer, sample) == ["s<|im_end|>"]
+
+
+def test_a_prompt_that_begins_the_answer_otherwise_is_said():
+    tokenizer = TOKENIZERS["byte level"]
+    thinks = chat.CHATML.replace("assistant\n{% endif", "assistant\n<think>{% endif")
+    sample = sample_of(tokenizer, thinks, messages=MESSAGES[:2])
+    assert learned(tokenizer, sample) == ["<|im_start|>assistant\nyes <|im_end|>"]
+    assert "the prompt for generation begins it otherwise" in sample.remarks[0]
+
+
+@pytest.mark.parametrize("key", ["thinking", "reasoning_content"])
+def test_thoughts_are_read_under_any_of_their_names(key):
+    tokenizer = TOKENIZERS["byte level"]
+    answer = {**MESSAGES[1], key: "quick"}
+    thinks = chat.CHATML.replace("{{ m.content", "{{ m.reasoning_content }}{{ m.content")
+    sample = sample_of(tokenizer, thinks, messages=[MESSAGES[0], answer])
+    assert sample.input_ids == rendered(tokenizer, [MESSAGES[0], answer])
+    assert "quick" in learned(tokenizer, sample)[0] and sample.remarks == ()
+    assert (
+        f"not read '{key}'"
+        in sample_of(tokenizer, chat.CHATML, messages=[MESSAGES[0], answer]).remarks[0]
+    )
+
+
 def test_no_template_writes_a_second_bos():
     tokenizer = TOKENIZERS["byte level"]
     sample = sample_of(tokenizer, chat.HEADERS, messages=MESSAGES)

@@ -23,6 +23,8 @@ with quiet_imports():
     from transformers.utils.chat_template_utils import render_jinja_template
 
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# a content that no template writes itself
+_PROBE = "bridge-peft-probe"
 # keys that few templates read and whose loss changes no words
 _HARMLESS = {"role", "content", "name", "tool_call_id"}
 # transformers gives a template that reads one of these the value of another
@@ -131,21 +133,25 @@ def render(
 
 
 def _rendered(chat: _Chat, messages: Messages, where: str) -> tuple[Messages, str]:
-    """Render with the contents as given, or as the only other kind that the template reads."""
+    """Render with the contents as given, or as the other kind if the template reads only that."""
     has_parts = any(isinstance(message.get("content"), list) for message in messages)
+    parts = [{"type": "text", "text": _PROBE}]
+    given, other = (parts, _PROBE) if has_parts else (_PROBE, parts)
+    if not _reads(chat, given) and _reads(chat, other):
+        messages = [_as_string(m) if has_parts else _as_parts(m) for m in messages]
     text, problem = _attempt(chat, messages)
-    if text is not None and _shows(messages, text, least=all if has_parts else any):
-        return messages, text
-    other = [_as_string(message) if has_parts else _as_parts(message) for message in messages]
-    other_text, _ = _attempt(chat, other)
-    if other_text is not None and _shows(other, other_text, least=all):
-        return other, other_text
-    if text is not None:
-        return messages, text
-    reason = " ".join(str(problem).split())
-    raise AdapterError(
-        f"{where} does not fit the chat template ({reason}); {_roles(messages)}"
-    ) from problem
+    if text is None:
+        reason = " ".join(str(problem).split())
+        raise AdapterError(
+            f"{where} does not fit the chat template ({reason}); {_roles(messages)}"
+        ) from problem
+    return messages, text
+
+
+def _reads(chat: _Chat, content: str | list[dict[str, str]]) -> bool:
+    """Whether the template gives the words of such a content, and not the list as it is printed."""
+    text, _ = _attempt(chat, [{"role": "user", "content": content}])
+    return text is not None and _PROBE in text and "'type'" not in text
 
 
 def _attempt(
@@ -155,16 +161,6 @@ def _attempt(
         return chat(messages, prompt=prompt), None
     except Exception as error:  # templates raise what they like
         return None, error
-
-
-def _shows(messages: Messages, text: str, *, least: Any) -> bool:
-    """Whether the words are in the text, and not as a printed list of content parts."""
-    words = list(_words(messages))
-    printed = any(
-        isinstance(message.get("content"), list) and str(message["content"]) in text
-        for message in messages
-    )
-    return not printed and (not words or least(word in text for word in words))
 
 
 def _words(messages: Messages) -> Iterator[str]:
@@ -191,7 +187,7 @@ def _as_parts(message: dict[str, Any]) -> dict[str, Any]:
 
 def _unread(messages: Messages, text: str, chat: _Chat) -> Iterator[str]:
     """Say what of the messages the template leaves out."""
-    if not _shows(messages, text, least=all):
+    if not all(word in text for word in _words(messages)):
         yield "the chat template leaves out words of the messages"
     read = set(re.findall(r"\w+", chat.template))
     read |= _THOUGHTS if _THOUGHTS & read else set()

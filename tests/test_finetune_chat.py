@@ -178,7 +178,18 @@ def test_what_the_template_does_not_read_is_said():
     assert "leaves out words of the messages" in sample.remarks[0]
 
 
-@pytest.mark.parametrize("template", [chat.CHATML, chat.HEADERS, chat.PARTS_ONLY])
+@pytest.mark.parametrize(
+    "template",
+    [
+        chat.CHATML,
+        chat.HEADERS,
+        chat.PARTS_ONLY,
+        chat.CHATML.replace("{{ m.content }}", "{{ m.content if m.content is string }}"),
+        chat.CHATML.replace(
+            "m.content", "(m.content if m.content is string else m.content|tojson)"
+        ),
+    ],
+)
 def test_content_parts_and_strings_are_the_same_words_in_every_template(template):
     tokenizer = TOKENIZERS["byte level"]
     parts = [
@@ -190,6 +201,15 @@ def test_content_parts_and_strings_are_the_same_words_in_every_template(template
         sample = sample_of(tokenizer, template, messages=messages)
         assert sample.input_ids == rendered(tokenizer, judge)
         assert len(learned(tokenizer, sample)) == 2 and sample.remarks == ()
+
+
+def test_tools_that_are_printed_are_not_taken_for_printed_content():
+    tokenizer = TOKENIZERS["byte level"]
+    message = {"role": "user", "content": [{"type": "text", "text": "hello"}]}
+    template = "{{ tools }}" + chat.CHATML
+    sample = sample_of(tokenizer, template, messages=[message, MESSAGES[1]], tools=[TOOL])
+    plain = [{"role": "user", "content": "hello"}, MESSAGES[1]]
+    assert sample.input_ids == rendered(tokenizer, plain, tools=[TOOL])
 
 
 def test_words_that_the_template_writes_anyway_are_not_taken_for_the_content():

@@ -34,9 +34,7 @@ def _option(help: str, *names: str) -> Any:
 @takes_fields_of(lora=LoRA, options=TrainingOptions, skip={"lora": ["seed"]})
 def command(
     model: Annotated[str | None, _option("Base model: a directory or a Hub id.")] = None,
-    data: Annotated[
-        str | None, _option("Data: JSONL, JSON, CSV or Parquet (docs/data.md).")
-    ] = None,
+    data: Annotated[str | None, _option("Data: JSONL, a JSON array, CSV or Parquet.")] = None,
     eval_data: Annotated[str | None, _option("Data to evaluate on.")] = None,
     output: Annotated[Path | None, _option("Directory for everything the run leaves.")] = None,
     resume: Annotated[bool, _option("Continue the run in --output.", "--resume")] = False,

@@ -8,6 +8,7 @@ conversation begins.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -143,7 +144,8 @@ def _rendered(chat: _Chat, messages: Messages, where: str) -> tuple[Messages, st
     if text is None:
         reason = " ".join(str(problem).split())
         raise AdapterError(
-            f"{where} does not fit the chat template ({reason}); {_roles(messages)}"
+            f"{where} does not fit the chat template ({reason}); {_roles(messages)}: "
+            "change the messages or the template"
         ) from problem
     return messages, text
 
@@ -151,7 +153,9 @@ def _rendered(chat: _Chat, messages: Messages, where: str) -> tuple[Messages, st
 def _reads(chat: _Chat, content: str | list[dict[str, str]]) -> bool:
     """Whether the template gives the words of such a content, and not the list as it is printed."""
     text, _ = _attempt(chat, [{"role": "user", "content": content}])
-    return text is not None and _PROBE in text and "'type'" not in text
+    if text is None or _PROBE not in text:
+        return False
+    return isinstance(content, str) or not (str(content) in text or json.dumps(content) in text)
 
 
 def _attempt(

@@ -50,8 +50,8 @@ def finished(model, data, tmp_path_factory):
         (["--model", "someone/absent"], "no model at someone/absent: neither a local directory"),
         (["--model", __file__], "is a file; pass the model's directory"),
         (["--data", "absent.jsonl"], "no data file"),
-        (["--eval-data", "absent.jsonl"], "pass a JSONL file with --eval-data"),
-        (["--data", Path(__file__).parent], "is a directory; pass a JSONL file with --data"),
+        (["--eval-data", "absent.jsonl"], "Parquet file with --eval-data"),
+        (["--data", Path(__file__).parent], "is a directory; pass a JSONL, JSON, CSV or Parquet"),
         (["--target-modules", "q_prj"], "'q_prj' matches none"),
         (["--max-length", "4"], "300 of 300 samples are longer than 4 tokens"),
         (["--max-length", "129"], "the model knows 128 positions; pass 128 or less"),
@@ -130,7 +130,7 @@ def test_float16_is_refused_where_it_cannot_train(model, data, tmp_path, capsys,
 def test_evaluation_data_of_another_shape_is_refused(model, data, tmp_path, capsys):
     other = write_rows(tmp_path / "other.jsonl", [{"text": "a"}])
     arguments = ("--model", model, "--data", data, "--eval-data", other)
-    assert "the evaluation data has text" in refused(capsys, tmp_path / "out", *arguments)
+    assert "the evaluation data has rows of text" in refused(capsys, tmp_path / "out", *arguments)
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,8 @@ def _option(help: str, *names: str) -> Any:
 @takes_fields_of(lora=LoRA, options=TrainingOptions, skip={"lora": ["seed"]})
 def command(
     model: Annotated[str | None, _option("Base model: a directory or a Hub id.")] = None,
-    data: Annotated[str | None, _option("JSONL of text, prompt/completion or messages.")] = None,
-    eval_data: Annotated[str | None, _option("JSONL to evaluate on.")] = None,
+    data: Annotated[str | None, _option("Data: JSONL, a JSON array, CSV or Parquet.")] = None,
+    eval_data: Annotated[str | None, _option("Data to evaluate on.")] = None,
     output: Annotated[Path | None, _option("Directory for everything that the run writes.")] = None,
     resume: Annotated[bool, _option("Continue the run in --output.", "--resume")] = False,
     overwrite: Annotated[bool, _option("Replace the run in --output.", "--overwrite")] = False,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.branch.registry import features
 from bridge.peft.doctor.report import Check, Status, some
+from bridge.peft.doctor.sample_inputs import sample_inputs
 from bridge.peft.dtypes import TRAINABLE_DTYPES
 from bridge.peft.errors import AdapterError
 from bridge.peft.formats.peft import read_adapter, save_adapter
@@ -168,13 +169,11 @@ def _gradients(layers: Layers) -> Check:
 
 def _whole_model(model: nn.Module, layers: Layers) -> Check:
     name = "forward and backward of the model"
-    inputs: Any = getattr(model, "dummy_inputs", None)
-    if not isinstance(inputs, dict):
-        return Check(name, "skip", "the model names no sample inputs (dummy_inputs)")
-    device = next(model.parameters()).device
-    inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    if not hasattr(model, "config"):
+        return Check(name, "skip", "not a model of transformers, so its inputs are not known")
     weights = [p for layer in layers.values() for p in _ab(layer) if p.requires_grad]
     try:
+        inputs: Any = sample_inputs(model)
         with torch.no_grad(), _b_set_to(layers, "zero"):
             with_branches = _first(model(**inputs))
             with disable_adapters(model):
@@ -191,6 +190,9 @@ def _whole_model(model: nn.Module, layers: Layers) -> Check:
         return Check(name, "fail", "with B = 0 the output is not the disabled model's", fix)
     reached = {id(p) for p, g in zip(weights, gradients, strict=True) if _all_reached([g])}
     missing = [f for f, m in layers.items() if not all(id(p) in reached for p in _ab(m))]
+    if bypassed := [fqn for fqn in missing if layers[fqn].bypassed]:
+        detail = f"never called, though the module around it ran: {some(bypassed, len(layers))}"
+        return Check(name, "fail", detail, "leave them out of target_modules: exclude_modules")
     if missing:
         detail = f"no gradient reaches {some(missing, len(layers))}"
         return Check(name, "warn", detail, "the model does not use these modules on its own sample")

@@ -3,8 +3,11 @@
 Text, images, videos, sound, encoder-decoder models, two towers, and images placed in the text.
 """
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +38,8 @@ def sample_inputs(model: nn.Module) -> dict[str, Tensor]:
     for name in ("input_values", "input_features"):
         if name in names and (name == main or _hears_sound_beside_text(config)):
             inputs[name] = _sound(config, name, generator)
-    if text := next((name for name in ("input_ids", "inputs") if name in names), None):
+    text = next((name for name in ("input_ids", "inputs") if name in names), "")
+    if text:
         if not {"input_values", "input_features"} & {main}:
             inputs[text] = _text(model, generator)
         if "pixel_values" in inputs and _image_token(config) is not None:
@@ -63,7 +67,7 @@ def _configs(config) -> Iterator:
             yield from _configs(value)
 
 
-def _setting(config, *names, default=None):
+def _setting(config: Any, *names: str, default: Any = None) -> Any:
     """The first setting of one of these names that the config, or one inside it, has."""
     for name in names:
         for place in _configs(config):

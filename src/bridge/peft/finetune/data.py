@@ -1,26 +1,23 @@
-"""Read JSONL training data, naming the line of every problem.
-
-Three shapes of row are known: `{"text"}`, `{"prompt", "completion"}` and `{"messages"}`.
-"""
+"""Read training data from JSONL, JSON, CSV and Parquet files, naming the place of every problem."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
 
 from bridge.peft.errors import AdapterError
 
-Shape = Literal["text", "prompt/completion", "messages"]
-
-_COLUMNS: dict[Shape, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "prompt/completion": ("prompt", "completion"),
-    "text": ("text",),
-}
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_LONGEST_CELL = 2**31 - 1  # csv's own limit is 128 KB, which a document may exceed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,29 +28,31 @@ class Row:
     where: str
 
 
-def read_jsonl(path: str | Path, flag: str = "--data") -> list[Row]:
-    """Read one JSON object a line; blank lines are skipped.
+def read_rows(path: str | Path, *, evaluation: bool = False) -> list[Row]:
+    """Read the rows of a file: JSONL, a JSON array of objects, CSV, TSV or Parquet.
+
+    CSV, TSV and Parquet are known by their suffix, a JSON array by its first character.
 
     Args:
         path: the file.
-        flag: where the path was given; only for the message.
+        evaluation: whether it is the evaluation data; only for messages.
 
     Raises:
-        AdapterError: no such file, not UTF-8, a line that is not a JSON object, or no rows at all.
+        AdapterError: no such file, not readable as what it is, or no rows at all.
     """
     path = Path(path)
+    flag = "--eval-data" if evaluation else "--data"
+    fix = f"pass a JSONL, JSON, CSV or Parquet file with {flag}"
     if path.is_dir():
-        raise AdapterError(f"{path} is a directory; pass a JSONL file with {flag}")
+        raise AdapterError(f"{path} is a directory; {fix}")
     if not path.is_file():
-        raise AdapterError(f"no data file {path}; pass a JSONL file with {flag}")
-    rows: list[Row] = []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                where = f"{path}:{number}"
-                rows.append(Row(columns=_parse(line, where), where=where))
+        raise AdapterError(f"no data file {path}; {fix}")
+    name = f"evaluation data {path}" if evaluation else str(path)
+    rows = list(_rows(path, name))
     if not rows:
-        raise AdapterError(f"{path} holds no rows; write one JSON object a line")
+        raise AdapterError(f"{name} holds no rows; write one JSON object a line")
+    for row in rows:
+        refuse_surrogates(row)
     return rows
 
 
@@ -66,90 +65,127 @@ def data_digest(rows: Sequence[Row]) -> str:
     """SHA-256 of what the rows say, whatever the file's blank lines and key order."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps(row.columns, sort_keys=True).encode() + b"\n")
+        digest.update(json.dumps(row.columns, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()
 
 
-def shape_of(rows: Sequence[Row]) -> Shape:
-    """Tell which of the three shapes the rows have; every row must have the same and be of text.
+def refuse_surrogates(row: Row) -> None:
+    """Refuse half of a character, which JSON can spell and no tokenizer can read.
 
     Raises:
-        AdapterError: unknown, missing, mixed, empty or wrongly typed columns, with the line.
+        AdapterError: a column holds one.
     """
-    first = _shape(rows[0])
-    for row in rows:
-        if (shape := _shape(row)) != first:
+    for key, value in row.columns.items():
+        try:
+            json.dumps([key, value], ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
             raise AdapterError(
-                f"{row.where} has {shape} columns but {rows[0].where} has {first}; "
-                "split the file, one kind of row each"
-            )
-        _check_values(row, first)
-    return first
+                f"{row.where} has half of a surrogate pair, {half}, in {key!r}; "
+                "write the whole character or remove it"
+            ) from None
 
 
-def _parse(line: bytes, where: str) -> dict[str, Any]:
+def _rows(path: Path, name: str) -> Iterator[Row]:
+    if path.suffix.lower() == ".parquet":
+        return _parquet(path, name)
+    if delimiter := _DELIMITERS.get(path.suffix.lower()):
+        return _csv(_decoded(path.read_bytes(), name), delimiter, name)
+    with path.open("rb") as file:
+        is_array = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    return _json_array(_decoded(path.read_bytes(), name), name) if is_array else _jsonl(path, name)
+
+
+def _jsonl(path: Path, name: str) -> Iterator[Row]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                where = f"{name}:{number}"
+                # without the line's end, after which an error would be counted as in column 1
+                value = _parsed(_decoded(line, where).rstrip("\r\n"), where)
+                yield Row(columns=_object(value, where), where=where)
+
+
+def _json_array(text: str, name: str) -> Iterator[Row]:
+    for number, value in enumerate(_parsed(text, name), start=1):
+        where = f"{name}, row {number}"
+        yield Row(columns=_object(value, where), where=where)
+
+
+def _csv(text: str, delimiter: str, name: str) -> Iterator[Row]:
+    csv.field_size_limit(_LONGEST_CELL)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    line = 1  # where the record begins; one with line breaks in its cells ends further down
     try:
-        # without the line's end, after which an error would be counted as in column 1
-        value = json.loads(line.decode("utf-8-sig").rstrip("\r\n"))
+        for cells in reader:
+            where, line = f"{name}:{line}", reader.line_num + 1
+            if not cells:
+                continue
+            if header is None:
+                header = _header(cells, where)
+            elif len(cells) != len(header):
+                raise AdapterError(
+                    f"{where} has {len(cells)} cells but the header has {len(header)}; "
+                    "quote cells that hold the delimiter"
+                )
+            else:
+                yield Row(columns=dict(zip(header, cells, strict=True)), where=where)
+    except csv.Error as error:
+        raise AdapterError(f"{name}:{line} is not CSV ({error}); close every quoted cell") from None
+
+
+def _header(cells: list[str], where: str) -> list[str]:
+    if twice := {name for name in cells if cells.count(name) > 1}:
+        raise AdapterError(f"{where} names column {min(twice)!r} twice; rename one of them")
+    return cells
+
+
+def _parquet(path: Path, name: str) -> Iterator[Row]:
+    try:
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
+        values = [value for batch in batches for value in batch.to_pylist()]
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise AdapterError(f"{name} is not Parquet ({reason}); write the file anew") from None
+    for number, value in enumerate(values, start=1):
+        yield Row(columns=_without_nulls(value), where=f"{name}, row {number}")
+
+
+def _without_nulls(value: Any) -> Any:
+    """Drop keys without a value: Parquet gives every object the keys of all the others."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _decoded(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        before = data.count(b"\n", 0, error.start)
+        place = f"{where}:{before + 1}" if b"\n" in data.rstrip(b"\r\n") else where
         raise AdapterError(
-            f"{where} is not UTF-8 ({error.reason}); save the file as UTF-8"
+            f"{place} is not UTF-8 ({error.reason}); save the file as UTF-8"
         ) from None
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
     except json.JSONDecodeError as error:
+        place = f"{where}:{error.lineno}" if "\n" in text else where
         raise AdapterError(
-            f"{where} is not JSON ({error.msg} at column {error.colno}); "
-            "write one JSON object a line"
+            f"{place} is not JSON ({error.msg} at column {error.colno}); "
+            "write one JSON object a line, or one array of objects"
         ) from None
     except RecursionError:
         raise AdapterError(f"{where} is nested too deeply; write one flat JSON object") from None
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise AdapterError(
-            f"{where} is a JSON {type(value).__name__}, not an object; write {{...}} on each line"
+            f"{where} is a JSON {type(value).__name__}, not an object; write {{...}} for each row"
         )
     return value
-
-
-def _shape(row: Row) -> Shape:
-    complete: list[Shape] = [
-        shape for shape, names in _COLUMNS.items() if all(n in row.columns for n in names)
-    ]
-    if len(complete) == 1:
-        return complete[0]
-    wanted = '"text", "prompt" and "completion", or "messages"'
-    if complete:
-        raise AdapterError(
-            f"{row.where} has columns of {' and '.join(complete)}; keep only {wanted}"
-        )
-    got = ", ".join(repr(name) for name in row.columns) or "none"
-    raise AdapterError(f"{row.where} has columns {got}; every row needs {wanted}")
-
-
-def _check_values(row: Row, shape: Shape) -> None:
-    for name in _COLUMNS[shape]:
-        value = row.columns[name]
-        if name == "messages":
-            _check_messages(row.where, value)
-        elif not isinstance(value, str):
-            raise AdapterError(
-                f'{row.where} has "{name}" of type {type(value).__name__}; write a string'
-            )
-        elif not value and name == "text":
-            raise AdapterError(f'{row.where} has an empty "text"; remove the line')
-
-
-def _check_messages(where: str, messages: Any) -> None:
-    well_formed = (
-        isinstance(messages, list)
-        and messages
-        and all(
-            isinstance(m, dict)
-            and isinstance(m.get("role"), str)
-            and isinstance(m.get("content"), str)
-            for m in messages
-        )
-    )
-    if not well_formed:
-        raise AdapterError(
-            f'{where} has "messages" that are no list of {{"role": ..., "content": ...}} strings; '
-            "write at least one such message"
-        )

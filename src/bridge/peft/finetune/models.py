@@ -42,7 +42,7 @@ quiet_imports = partial(quiet, "torchao", "torch.utils._pytree", "bitsandbytes")
 with quiet_imports():
     import transformers
     import transformers.modeling_utils  # else imported by the lazy names below, and not quietly
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -157,6 +157,15 @@ def length_limit(config: PreTrainedConfig) -> int | None:
     """Return how many positions the model knows, if its configuration says so."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def stop_ids(name: str, config: PreTrainedConfig) -> set[int]:
+    """Return the tokens on which the model's generation stops, as its files say."""
+    try:
+        stops = GenerationConfig.from_pretrained(name).eos_token_id
+    except OSError:  # it has no such file: generation then follows the model's configuration
+        stops = getattr(config.get_text_config(), "eos_token_id", None)
+    return set(stops) if isinstance(stops, list) else set() if stops is None else {stops}
 
 
 def _first_line(error: BaseException) -> str:

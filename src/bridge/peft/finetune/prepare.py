@@ -4,36 +4,27 @@ from __future__ import annotations
 
 import os
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bridge.peft.demo.defaults import DEMO_EXAMPLES
 from bridge.peft.demo.tasks import word_examples
-from bridge.peft.dtypes import dtype_name
 from bridge.peft.errors import AdapterError
-from bridge.peft.finetune.data import (
-    Row,
-    Shape,
-    data_digest,
-    read_jsonl,
-    rows_of,
-    shape_of,
-)
+from bridge.peft.finetune.data import Row, data_digest, read_rows, rows_of
 from bridge.peft.finetune.models import (
     length_limit,
     load_config,
     load_tokenizer,
     meta_model,
-    quiet_imports,
+    stop_ids,
 )
 from bridge.peft.finetune.options import TrainingOptions, total_steps
 from bridge.peft.finetune.record import RunSpec
-from bridge.peft.finetune.samples import Sample, Tokenizer, fit_length, tokenize
-
-with quiet_imports():
-    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from bridge.peft.finetune.samples import Sample, fit_length, remarks_of, tokenize
+from bridge.peft.finetune.shapes import Recognised, named, recognise
+from bridge.peft.finetune.tokens import Tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -78,30 +69,27 @@ def prepare(spec: RunSpec) -> Prepared:
         AdapterError: any of the things a user can fix.
     """
     train_rows, eval_rows = _rows(spec)
-    shape = shape_of(train_rows)
-    if eval_rows and (other := shape_of(eval_rows)) != shape:
-        raise AdapterError(
-            f"the data has {shape} columns but the evaluation data has {other}; give both the same"
-        )
     options, dtype = spec.options, base_dtype(spec.options)
     config = load_config(spec.model)
-    spec, note = _settle_lora_dtype(spec, config, dtype)
-    notes = [note]
+    notes: list[str | None] = []
     # the plan knows every target, so a mistaken one is told before any weight is loaded
     plan = spec.lora.plan(meta_model(config, spec.model, dtype))
     tokenizer = load_tokenizer(spec.model)
-    template, note = _chat_template(tokenizer, shape, spec.model)
-    notes.append(note)
+    data = _recognised(train_rows, eval_rows, tokenizer)
+    stops = stop_ids(spec.model, config)
+    notes += [note for part in data.values() for note in part.notes]
+    notes += _stop_note(tokenizer, stops)
     limit = _max_length(options, config)
-    splits: list[list[Sample]] = []
-    for rows in (train_rows, eval_rows):
-        samples = tokenize(rows, shape, tokenizer, template)
+    splits: dict[str, list[Sample]] = {"data": [], "evaluation data": []}
+    for name, part in data.items():
+        samples = tokenize(part.rows, part.shape, tokenizer, stop_ids=stops)
         _check_vocabulary(samples, config, spec.model)
-        if samples:
-            samples, note = fit_length(samples, limit, options.on_long, limit=length_limit(config))
-            notes.append(note)
-        splits.append(samples)
-    train, evaluation = splits
+        notes += remarks_of(samples, name)
+        splits[name], note = fit_length(
+            samples, limit, options.on_long, limit=length_limit(config), name=name
+        )
+        notes.append(note)
+    train, evaluation = splits.values()
     if not evaluation:
         train, evaluation, note = _hold_out(train, options)
         notes.append(note)
@@ -136,19 +124,6 @@ def base_dtype(options: TrainingOptions) -> torch.dtype:
     return getattr(torch, options.dtype)
 
 
-def _settle_lora_dtype(
-    spec: RunSpec, config: PreTrainedConfig, dtype: torch.dtype
-) -> tuple[RunSpec, str | None]:
-    """Train A and B in float32 over a half-precision or quantised base, unless told otherwise."""
-    quantised = getattr(config, "quantization_config", None) is not None
-    if spec.lora.lora_dtype is not None or (dtype == torch.float32 and not quantised):
-        return spec, None
-    # a step of a bfloat16 weight below its 8 bits of precision would not be a step at all
-    base = "quantised" if quantised else dtype_name(dtype)
-    note = f"adapter weights in float32 over a {base} base (--lora-dtype)"
-    return replace(spec, lora=replace(spec.lora, lora_dtype=torch.float32)), note
-
-
 def _steps(options: TrainingOptions, samples: int) -> int:
     """Count the run's steps and check that the warm-up is over before they are."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -168,8 +143,8 @@ def _rows(spec: RunSpec) -> tuple[list[Row], list[Row]]:
         train = word_examples("train", DEMO_EXAMPLES["train"])
         held_out = word_examples("held_out", DEMO_EXAMPLES["held_out"])
         return rows_of(train, "demo"), rows_of(held_out, "demo, held out")
-    evaluation = read_jsonl(spec.eval_data, "--eval-data") if spec.eval_data else []
-    return read_jsonl(spec.data), evaluation
+    evaluation = read_rows(spec.eval_data, evaluation=True) if spec.eval_data else []
+    return read_rows(spec.data), evaluation
 
 
 def _max_length(options: TrainingOptions, config: PreTrainedConfig) -> int:
@@ -184,26 +159,31 @@ def _max_length(options: TrainingOptions, config: PreTrainedConfig) -> int:
     return options.max_length
 
 
-def _chat_template(tokenizer: Any, shape: Shape, model: str) -> tuple[str | None, str | None]:
-    """Return a template that marks the assistant's words if there is one, and a line if not."""
-    if shape != "messages":
-        return None, None
-    own = tokenizer.chat_template
-    if own is None:
+def _recognised(train: list[Row], evaluation: list[Row], tokenizer: Any) -> dict[str, Recognised]:
+    has_template = bool(tokenizer.chat_template)
+    data = {"data": recognise(train, has_chat_template=has_template)}
+    if evaluation:
+        name = "evaluation data"
+        data[name] = recognise(evaluation, name=name, has_chat_template=has_template)
+    shapes = [part.shape for part in data.values()]
+    if len(set(shapes)) > 1:
         raise AdapterError(
-            f'the tokenizer of {model} has no chat template, which "messages" need; '
-            'write "prompt" and "completion" rows, or set tokenizer.chat_template and save it'
+            f"the data has rows of {shapes[0]} but the evaluation data has rows of {shapes[1]}; "
+            "give both the same"
         )
-    own = own["default"] if isinstance(own, dict) else own
-    if has_generation_markers(own):
-        return own, None
-    try:
-        return get_training_chat_template(tokenizer), None
-    except ValueError:
-        return None, (
-            "the chat template does not mark the assistant's words "
-            "({% generation %}): loss on all tokens"
-        )
+    return data
+
+
+def _stop_note(tokenizer: Any, stops: set[int]) -> list[str]:
+    """Say so where samples are closed by a token on which generation does not stop."""
+    end = tokenizer.eos_token_id
+    if end is None or not stops or end in stops:
+        return []
+    known = named(tokenizer.convert_ids_to_tokens(stop) for stop in sorted(stops))
+    return [
+        f"the tokenizer ends a text with {tokenizer.eos_token} but the model's generation stops on "
+        f"{known}: pass eos_token_id={end} to generate()"
+    ]
 
 
 def _hold_out(

@@ -29,8 +29,7 @@ from bridge.peft.finetune.report import plot_loss, print_summary, run_metrics, w
 from bridge.peft.finetune.samples import Sample
 from bridge.peft.finetune.trainer import (
     AdapterTrainer,
-    keep_packed_weights_trainable,
-    taken_as_adapted,
+    not_cast_by_trl,
     trainer_config,
 )
 
@@ -87,7 +86,6 @@ def train(
     for note in prepared.notes:
         console.print(note)
     model = load_model(spec.model, prepared.dtype)
-    keep_packed_weights_trainable(model)
     config = trainer_config(prepared, output, resumed=resume)
     digests = {"base model": model_digest(model), **prepared.digests}
     started = replace(prepared.spec, digests=digests, world_size=config.world_size)
@@ -144,7 +142,7 @@ def _begin_record(spec: RunSpec, output: Path, *, overwrite: bool) -> None:
 def _build_trainer(model: PreTrainedModel, config: Any, prepared: Prepared) -> AdapterTrainer:
     tokenizer: Any = prepared.tokenizer
     padding = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    with taken_as_adapted(model):
+    with not_cast_by_trl(model):
         trainer = AdapterTrainer(
             keep=prepared.spec.options.keep_checkpoints,
             model=model,

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from bridge.peft import load_adapter, save_adapter
-from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.finetune.models import quiet_imports
 from bridge.peft.finetune.prepare import Prepared
 from bridge.peft.finetune.record import PARTIAL, checkpoints
@@ -66,13 +65,6 @@ class AdapterTrainer(SFTTrainer):
                 return
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
-    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The loss of a batch: TRL's, which never forms the logits, unless the head is adapted."""
-        # TRL multiplies with the head's weight itself, so a branch there would never be seen
-        if isinstance(self.model.get_output_embeddings(), LoRAMixin):
-            return Trainer.compute_loss(self, model, inputs, *args, **kwargs)
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
             save_adapter(self.model, output_dir or self._root)
@@ -105,29 +97,18 @@ class AdapterTrainer(SFTTrainer):
 
 
 @contextlib.contextmanager
-def taken_as_adapted(model: nn.Module) -> Iterator[None]:
-    """Let a quantized model with our adapters pass for one with PEFT's, while a trainer is built.
+def not_cast_by_trl(model: nn.Module) -> Iterator[None]:
+    """Hide that a model is quantised while a trainer is built: TRL would cast A and B to bfloat16.
 
-    Trainer refuses a quantized model without PEFT's mark, and TRL would cast A and B to bfloat16.
+    Args:
+        model: An adapted model.
     """
-    marks = {"_hf_peft_config_loaded": True, "is_loaded_in_4bit": False, "is_loaded_in_8bit": False}
     with contextlib.ExitStack() as stack:
-        for name, mark in marks.items():
-            if hasattr(model, name):
-                stack.callback(setattr, model, name, getattr(model, name))
-                setattr(model, name, mark)
+        for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+            if hasattr(model, mark):
+                stack.callback(setattr, model, mark, getattr(model, mark))
+                setattr(model, mark, False)
         yield
-
-
-def keep_packed_weights_trainable(model: nn.Module) -> None:
-    """Keep bitsandbytes' 4-bit linears, in place, from their CPU layout for inference.
-
-    They change to it at the first evaluation on an AVX-512 machine, never back, and it has no
-    backward: the layers below would silently learn from half of their gradient.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # pyright: ignore
 
 
 def trainer_config(prepared: Prepared, output: Path, *, resumed: bool) -> SFTConfig:

@@ -214,7 +214,7 @@ def _check_mergeable(fqn: str, layer: LoRAMixin) -> None:
             f"{fqn} is a {layer.base_type.__name__}, whose own forward is not W x + b: merged into "
             "its weight, the branch would compute something else; keep it unmerged"
         )
-    if layer.bypassed:
+    if layer.bypassed and bool(layer.lora_b.weight.any()):
         raise AdapterError(
             f"{fqn} was never called, though the model and the module around it ran: its branch "
             "takes no part, and merging it could change the model; leave it out with "

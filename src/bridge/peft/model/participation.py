@@ -110,7 +110,7 @@ class _Watch:
             self._warn_bypassed(bypassed)
         if self._untrainable:
             warnings.warn(
-                f"{some_names(self._untrainable)}: the model computes them under torch.no_grad(), so "
+                f"{some_names(self._untrainable)}: computed under torch.no_grad() by the model, so "
                 "A and B get no gradient; leave them out with exclude_modules",
                 stacklevel=2,
             )

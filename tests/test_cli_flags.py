@@ -28,6 +28,7 @@ LORA_FLAGS = [
     "--rank-pattern",
     "--alpha-pattern",
     "--use-rslora",
+    "--modules-to-train",
 ]
 TRAINING_FLAGS = [
     "--learning-rate",

@@ -233,17 +233,15 @@ def test_training_lora_after_keeps_tied_embeddings_tied():
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_a_quantised_model_needs_lora_dtype_and_is_left_alone_without():
+def test_a_and_b_are_float32_over_a_quantised_base_unless_told_otherwise():
     import bitsandbytes as bnb
 
     model = nn.Sequential(nn.Linear(64, 64), bnb.nn.Linear4bit(64, 64))
     model[1].load_state_dict(nn.Linear(64, 64).state_dict())
     model.to("cpu")
     assert model[1].weight.dtype == torch.uint8
-    with pytest.raises(ValueError, match="lora_dtype"):
-        LoRA(dim=2)(model)
-    assert type(model[0]) is nn.Linear and model[0].weight.requires_grad
-    plan = LoRA(dim=2, lora_dtype=torch.bfloat16).plan(model)
+    plan = LoRA(dim=2).plan(model)
+    assert {row.dtype for row in plan.rows} == {torch.float32}
     assert plan.base_parameters == 2 * (64 * 64 + 64)
     LoRA(dim=2, lora_dtype=torch.bfloat16)(model)
     assert model[1].lora_a.weight.dtype == torch.bfloat16

@@ -6,13 +6,15 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
+from bridge.peft.branch.mixin import LoRAMixin
 
-def sharers(model: nn.Module, layers: Iterable[nn.Module]) -> Mapping[nn.Module, list[str]]:
+
+def sharers(model: nn.Module, layers: Iterable[LoRAMixin]) -> Mapping[LoRAMixin, list[str]]:
     """Name the other modules' parameters that overlap the weight of each layer.
 
     Args:
         model: The model, not wrapped.
-        layers: Modules with a `weight`.
+        layers: Adapted layers.
 
     Returns:
         For each layer whose weight is shared the names of those parameters.
@@ -23,9 +25,9 @@ def sharers(model: nn.Module, layers: Iterable[nn.Module]) -> Mapping[nn.Module,
             if parameter is not None and (storage := _storage(parameter)):
                 item = (f"{fqn}.{name}".lstrip("."), module, parameter)
                 by_storage.setdefault(storage, []).append(item)
-    found: dict[nn.Module, list[str]] = {}
+    found: dict[LoRAMixin, list[str]] = {}
     for layer in layers:
-        weight: Tensor = layer.weight  # pyright: ignore[reportAssignmentType]
+        weight = layer.base_weight
         for name, module, parameter in by_storage.get(_storage(weight), []):
             if module is not layer and _overlap(weight, parameter):
                 found.setdefault(layer, []).append(name)

@@ -14,6 +14,10 @@ from bridge.peft.model.walk import clean_fqn, input_embedding, output_head
 from bridge.peft.tensors import is_plain
 
 
+#: How transformers marks a parameter that it has loaded.
+_MARK = "_is_hf_initialized"
+
+
 def prepare_pretrained(model: nn.Module) -> None:
     """Let trainers train it, in place, and refuse what would lose an adapter without a word.
 
@@ -42,8 +46,7 @@ def random_modules(model: nn.Module) -> dict[str, nn.Module]:
         By fully qualified name, each as high in the model as all its parameters are random: a
         head of two linears is one module.
     """
-    own = {fqn: _own_parameters(module) for fqn, module in model.named_modules()}
-    if not any(_is_loaded(p) for parameters in own.values() for p in parameters):
+    if not any(hasattr(parameter, _MARK) for parameter in model.parameters()):
         return {}
     found: dict[str, nn.Module] = {}
     for fqn, module in model.named_modules():
@@ -63,7 +66,7 @@ def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
 def _is_loaded(parameter: nn.Parameter) -> bool:
     # what a quantiser made is no subject of initialisation, and carries its mark elsewhere
     packed = not is_plain(parameter) or not parameter.is_floating_point()
-    return packed or getattr(parameter, "_is_hf_initialized", False)
+    return packed or getattr(parameter, _MARK, False)
 
 
 def _let_quantised_train(model: nn.Module) -> None:

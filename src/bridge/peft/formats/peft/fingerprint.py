@@ -91,8 +91,8 @@ def check_stored(content: Any) -> None:
 def _base_weight(module: nn.Module) -> Tensor | None:
     """The weight before any merge, if it is whole and at hand."""
     weight = getattr(module, "weight", None)
-    if isinstance(module, LoRAMixin) and module.merged:
-        weight = module.unmerged_weight
+    if isinstance(module, LoRAMixin):
+        weight = module.unmerged_weight if module.merged else module.base_weight
     if not isinstance(weight, Tensor) or weight.is_meta:
         return None
     data = weight.detach()

@@ -52,8 +52,10 @@ def fast(t: list[Tensor], op: str, p: float = 0.0, position: str = "pre") -> Ten
 
 
 def slow(t: list[Tensor], p: float = 0.0, position: str = "pre") -> Tensor:
-    """The reference with the mask that `fast` uses."""
+    """The reference with the mask that `fast` uses, and its dtype of products."""
     x, w, bias, a, b = t
+    if x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        a, b = a.to(x.dtype), b.to(x.dtype)  # float32 weights are multiplied as autocast does
     if p == 0.0:
         return lora_linear_reference(x, w, bias, a, b, SCALE)
     torch.manual_seed(2)

@@ -13,7 +13,6 @@ from bridge.peft.errors import AdapterError
 from bridge.peft.model.walk import clean_fqn, input_embedding, output_head
 from bridge.peft.tensors import is_plain
 
-
 #: How transformers marks a parameter that it has loaded.
 _MARK = "_is_hf_initialized"
 

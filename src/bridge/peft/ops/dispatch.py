@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +107,7 @@ def lora_linear(
         (..., out_features), in the dtype of ``F.linear(x, weight, bias)``; autocast included.
     """
     x, weight, bias, lora_a, lora_b = _autocast(x, weight, bias, lora_a, lora_b)
+    lora_a, lora_b = _for_products(x, lora_a, lora_b)
     path = choose_path(x, weight, bias, lora_a, lora_b, trains_a_and_b=_trains(lora_a, lora_b))
     if path.name == "reference":
         drop = _reference_dropout(x, lora_b, dropout, dropout_position, path)
@@ -142,6 +144,7 @@ def lora_add(
         (..., out_features), in the dtype of ``base_out``.
     """
     x, lora_a, lora_b = _autocast(x, lora_a, lora_b)
+    lora_a, lora_b = _for_products(x, lora_a, lora_b)
     trains = _trains(lora_a, lora_b)
     path = choose_path(base_out, x, lora_a, lora_b, plain_linear=False, trains_a_and_b=trains)
     if path.name == "reference":
@@ -176,6 +179,24 @@ def _reference_dropout(
     mask = SeededMask(x.shape[:-1].numel(), width, dropout, x.device, seed)
     kept = mask.whole().view(*x.shape[:-1], width)
     return 1.0 - mask.keep_probability, position, kept
+
+
+def _for_products(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B as they are multiplied with x: float32 ones in bfloat16 where x is, as autocast does.
+
+    What they add to y and dx is rounded to bfloat16 anyway, and the wide tensors need no copies in
+    float32. Weights, their gradients' sums and the optimizer stay in float32. Not in float16, in
+    whose range the gradients of A and B may overflow, nor where bfloat16 is emulated.
+    """
+    narrow = x.dtype == torch.bfloat16 and lora_a.dtype == lora_b.dtype == torch.float32
+    if not narrow or not _has_bfloat16(x.device.type):
+        return lora_a, lora_b
+    return lora_a.to(torch.bfloat16), lora_b.to(torch.bfloat16)
+
+
+@functools.cache
+def _has_bfloat16(device: str) -> bool:
+    return device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:

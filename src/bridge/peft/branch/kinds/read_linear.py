@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from bridge.peft.branch.kinds.linear import LinearAdapter
@@ -32,5 +33,11 @@ class ReadLinearAdapter(LinearAdapter):
         base = self.base_weight
         if self.merged or not self.adapter_enabled:
             return base
-        a, b = self.lora_a.weight, self.lora_b.weight
-        return (base + self.scale * (b @ a)).to(base.dtype)
+        if base.is_meta:  # offloaded, or not loaded yet
+            return base
+        if self.has_hooks_on_a_or_b():  # which bring the weights of A and B when they are called
+            rows = torch.eye(self.in_features, dtype=self.branch_dtype, device=base.device)
+            update = self.lora_b(self.lora_a(rows)).t()
+        else:
+            update = self.lora_b.weight @ self.lora_a.weight
+        return (base + self.scale * update).to(base.dtype)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bridge.peft.branch.kinds.linear import LinearAdapter
 
@@ -41,3 +44,7 @@ class ReadLinearAdapter(LinearAdapter):
         else:
             update = self.lora_b.weight @ self.lora_a.weight
         return (base + self.scale * update).to(base.dtype)
+
+    def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # not `super()`'s, which would read the weight with the branch in it
+        return F.linear(x, self.base_weight, self.bias)

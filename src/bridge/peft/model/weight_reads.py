@@ -14,11 +14,19 @@ from collections.abc import Iterator
 
 from torch import nn
 
-#: What is asked of a weight without using its values.
+#: What is asked of a weight without computing with it; `data` is what is written through.
 _METADATA = frozenset(
     (
         *("dtype", "device", "shape", "size", "dim", "ndim", "numel", "element_size", "is_meta"),
-        *("requires_grad", "is_floating_point", "data_ptr", "grad", "stride", "is_contiguous"),
+        *(
+            "data",
+            "requires_grad",
+            "is_floating_point",
+            "data_ptr",
+            "grad",
+            "stride",
+            "is_contiguous",
+        ),
     )
 )
 #: Methods that read weights to set them up, not to compute.
@@ -111,10 +119,13 @@ def _reads(cls: ast.ClassDef) -> Iterator[Path]:
 
 
 def _uses_values(outer: ast.AST) -> bool:
-    """Whether what stands around a weight may use its values, and not only ask what it is."""
+    """Whether what stands around a weight may compute with it, not ask what it is or write it."""
     match outer:
         case ast.Attribute(attr=name):
-            return name not in _METADATA
+            in_place = name.endswith("_") and not name.endswith("__")
+            return name not in _METADATA and not in_place
+        case ast.Subscript(ctx=ast.Store()):
+            return False
         case ast.Call(func=ast.Name(id="isinstance" | "hasattr" | "type" | "id")):
             return False
         case ast.Compare(ops=[ast.Is() | ast.IsNot()]):

@@ -17,7 +17,6 @@ from bridge.peft.formats.peft.adapter_file import AdapterFile
 from bridge.peft.formats.peft.config import PeftConfig
 from bridge.peft.formats.peft.extra import branch_settings
 from bridge.peft.formats.peft.saved_whole import check_whole
-from bridge.peft.model.adapt import check_can_be_adapted
 from bridge.peft.model.trained_parameters import trained_whole
 from bridge.peft.model.walk import adapted_modules, base_modules
 from bridge.peft.targets import output_heads
@@ -45,7 +44,6 @@ def plan_load(adapter: AdapterFile, model: nn.Module) -> tuple[list[Planned], bo
     if present:
         _check_same_adapter(adapter, present, model)
     else:
-        check_can_be_adapted(model)
         _check_targets(adapter, names, model)
     check_whole(adapter, model, names)
     planned: list[Planned] = []

@@ -15,7 +15,7 @@ from bridge.peft.formats.peft.describe import adapter_of
 from bridge.peft.formats.peft.fingerprint import differences
 from bridge.peft.formats.peft.fit import plan_load
 from bridge.peft.lora import Model
-from bridge.peft.model.adapt import Planned, adapt_in_place
+from bridge.peft.model.adapt import Planned, adapt_in_place, check_can_be_adapted
 from bridge.peft.model.trained_parameters import replace_parameters
 from bridge.peft.model.walk import adapted_modules, unwrap
 from bridge.peft.tensors import is_sharded
@@ -69,6 +69,8 @@ def load_adapter(model: Model, directory: str | Path, *, strict: bool = False) -
     """
     adapter = read_adapter(directory)
     root = unwrap(model)
+    if next(adapted_modules(root), None) is None:
+        check_can_be_adapted(model)
     planned, present = plan_load(adapter, root)
     _check_base(adapter, {fqn: module for fqn, module, _ in planned}, strict)
     tensors = adapter.tensors

@@ -108,7 +108,8 @@ def other_dtype(model):
 def half(model):
     for module in model.modules():
         if hasattr(module, "lora_a"):
-            module.lora_a.half(), module.lora_b.half()
+            module.lora_a.half()
+            module.lora_b.half()
 
 
 def tiny_update_in_bf16(model):

@@ -5,6 +5,7 @@ Text, images, videos, sound, encoder-decoder models, two towers, and images plac
 
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ def _configs(config) -> Iterator:
             yield from _configs(value)
 
 
-def _setting(config, *names, default=None):
+def _setting(config, *names, default=None) -> Any:
     """The first setting of one of these names that the config, or one inside it, has."""
     for name in names:
         for place in _configs(config):

@@ -14,7 +14,6 @@ config = LlamaConfig(
     num_hidden_layers=2,
     num_attention_heads=4,
     pad_token_id=0,
-    num_labels=3,
 )
 
 
@@ -25,10 +24,10 @@ def base() -> LlamaForSequenceClassification:
 
 
 tokens = torch.randint(1, 64, (48, 8))
-labels = tokens[:, -1] % 3  # to learn: the last token, modulo 3
+labels = tokens[:, -1] % 2  # to learn: whether the last token is odd
 model = LoRA(dim=8, modules_to_train=["score"])(base())
 
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
 for step in range(61):
     loss = torch.nn.functional.cross_entropy(model(input_ids=tokens).logits, labels)
     optimizer.zero_grad()

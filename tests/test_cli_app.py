@@ -105,7 +105,7 @@ def test_other_operating_system_errors_are_not_hidden(monkeypatch):
         main(["plan"])
 
 
-def test_a_reader_that_goes_away_is_no_traceback():
+def test_a_reader_that_goes_away_leaves_no_traceback():
     command = f"{sys.executable} -m bridge.peft --help | true"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert "Traceback" not in result.stderr

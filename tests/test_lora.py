@@ -1,4 +1,4 @@
-"""The recipe on whole models: freezing, training, checkpointing, compiling, wrapping."""
+"""The recipe on models: freezing, training, checkpointing, compiling, wrapping."""
 
 import copy
 import math

@@ -288,7 +288,7 @@ def test_loading_a_base_checkpoint_by_assignment_materialises_the_branch_too():
 
 @pytest.mark.parametrize("module", [nn.Conv2d(1, 1, 1), nn.Embedding(3, 3), nn.Bilinear(2, 2, 2)])
 @pytest.mark.parametrize("make", [patch_linear_module, LinearAdapter])
-def test_what_is_no_linear_is_refused_by_either_exception_type(module, make):
+def test_other_modules_are_refused_by_either_exception_type(module, make):
     for expected in (NotImplementedError, AssertionError):
         with pytest.raises(expected, match=type(module).__name__):
             make(module)
@@ -296,7 +296,7 @@ def test_what_is_no_linear_is_refused_by_either_exception_type(module, make):
 
 @pytest.mark.parametrize("thing", [None, "q_proj", nn.Linear])
 @pytest.mark.parametrize("make", [patch_linear_module, LinearAdapter])
-def test_what_is_no_module_is_refused_like_what_is_no_linear(thing, make):
+def test_things_that_are_not_modules_are_refused_alike(thing, make):
     with pytest.raises(UnsupportedLinearError, match="it is not a module; pass a linear"):
         make(thing)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 with warnings.catch_warnings():
-    # Optional packages complain at import about each other and the machine; not ours to mend.
+    # Optional packages complain at import about each other and the machine; not ours to fix.
     warnings.simplefilter("ignore")
     import bitsandbytes  # noqa: F401
     import transformers  # noqa: F401

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -80,7 +81,7 @@ def test_what_the_machine_refuses_is_one_line(raised, code, said, capsys, monkey
     def command() -> None:
         raise raised
 
-    monkeypatch.setattr(app, "_load", lambda name: command)
+    monkeypatch.setitem(sys.modules, "bridge.peft.cli.plan", SimpleNamespace(command=command))
     assert main(["plan"]) == code
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
@@ -90,7 +91,7 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch):
     def command() -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(app, "_load", lambda name: command)
+    monkeypatch.setitem(sys.modules, "bridge.peft.cli.plan", SimpleNamespace(command=command))
     with pytest.raises(ZeroDivisionError):
         main(["plan"])
 
@@ -99,12 +100,12 @@ def test_other_operating_system_errors_are_not_hidden(monkeypatch):
     def command() -> None:
         raise OSError(errno.EIO, "input/output error")
 
-    monkeypatch.setattr(app, "_load", lambda name: command)
+    monkeypatch.setitem(sys.modules, "bridge.peft.cli.plan", SimpleNamespace(command=command))
     with pytest.raises(OSError, match="input/output"):
         main(["plan"])
 
 
-def test_a_reader_that_goes_away_is_no_traceback():
+def test_a_reader_that_goes_away_leaves_no_traceback():
     command = f"{sys.executable} -m bridge.peft --help | true"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert "Traceback" not in result.stderr

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Literal
 
 import pytest
@@ -11,7 +12,6 @@ import torch
 import typer
 
 from bridge.peft import AdapterError, LoRA
-from bridge.peft.cli import app
 from bridge.peft.cli.flags import takes_fields_of
 from bridge.peft.dtypes import parse_dtype
 from bridge.peft.finetune.options import TrainingOptions
@@ -64,8 +64,9 @@ FINETUNE_FLAGS = [
 
 def names_of(command: str) -> list[str]:
     """The flags as they are parsed; a flag that can be switched off has two."""
-    group = typer.main.get_command(app._build_app(command))
-    parameters = group.commands[command].params
+    alone = typer.Typer(add_completion=False)
+    alone.command()(import_module(f"bridge.peft.cli.{command}").command)
+    parameters = typer.main.get_command(alone).params
     return [name for p in parameters for name in [*p.opts, *p.secondary_opts]]
 
 

@@ -108,7 +108,8 @@ def other_dtype(model):
 def half(model):
     for module in model.modules():
         if hasattr(module, "lora_a"):
-            module.lora_a.half(), module.lora_b.half()
+            module.lora_a.half()
+            module.lora_b.half()
 
 
 def tiny_update_in_bf16(model):
@@ -141,7 +142,7 @@ def rank_one(model):
         (rank_one, "rank used", "warn", "25% of the rank"),
     ],
 )
-def test_every_illness_is_named_with_a_mend(trained, harm, check, status, words):
+def test_every_illness_is_named_with_its_fix(trained, harm, check, status, words):
     import re
 
     harm(trained)
@@ -223,7 +224,7 @@ def test_nan_is_told_once_and_not_as_the_fault_of_what_computes_with_it(trained,
     assert report["forward and backward"].status == "skip"
 
 
-def test_a_model_that_fails_on_its_own_sample_is_no_crash(trained):
+def test_a_model_that_fails_on_its_own_sample_does_not_stop_the_check_up(trained):
     trained.model.embed_tokens.forward = lambda ids: ids.no_such_attribute
     check = doctor(trained)["forward and backward of the model"]
     assert check.status == "skip" and "no_such_attribute" in check.detail

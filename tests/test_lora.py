@@ -1,4 +1,4 @@
-"""The recipe on whole models: freezing, training, checkpointing, compiling, wrapping."""
+"""The recipe on models: freezing, training, checkpointing, compiling, wrapping."""
 
 import copy
 import math
@@ -201,7 +201,8 @@ def test_state_dict_round_trips_and_base_keys_are_the_bases():
     assert set(state) - set(adapter_state_dict(model)) == names
     other = LoRA(dim=2)(models.llama())
     other.load_state_dict(state)
-    model.eval(), other.eval()
+    model.eval()
+    other.eval()
     assert torch.equal(logits(other), logits(model))
     incompatible = other.load_state_dict(base.state_dict(), strict=False)
     assert set(incompatible.missing_keys) == set(adapter_state_dict(model))

@@ -1,9 +1,7 @@
 """The layers: every point of the contract, as a user would see it."""
 
 import copy
-import io
 import math
-import pickle
 
 import pytest
 import torch
@@ -14,23 +12,9 @@ from torch.nn import functional as F
 
 from bridge.peft import LinearAdapter, TELinearAdapter, patch_linear_module
 from bridge.peft.errors import AlreadyAdaptedError, UnsupportedLinearError
+from tests.helpers.layers import DoublingLinear, make_trained
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-class DoublingLinear(nn.Linear):
-    """A user's subclass with a forward of its own."""
-
-    def forward(self, x):
-        return super().forward(x) * 2
-
-
-def make_trained(layer):
-    """Give B values other than zero, as training would."""
-    with torch.no_grad():
-        layer.lora_b.weight.normal_()
-    return layer
-
 
 # Reference values.
 
@@ -184,7 +168,9 @@ def test_post_dropout_drops_outputs_and_pre_dropout_drops_inputs():
             nn.Linear(1, 3, bias=False), dim=1, alpha=1, dropout=0.5, dropout_position=position
         )
         with torch.no_grad():
-            layer.weight.zero_(), layer.lora_a.weight.fill_(1), layer.lora_b.weight.fill_(1)
+            layer.weight.zero_()
+            layer.lora_a.weight.fill_(1)
+            layer.lora_b.weight.fill_(1)
         kept = layer(x) != 0
         assert torch.equal(layer(x).unique(), torch.tensor([0.0, 2.0]))
         rows_agree = (kept.all(1) | (~kept).all(1)).float().mean()
@@ -302,7 +288,7 @@ def test_loading_a_base_checkpoint_by_assignment_materialises_the_branch_too():
 
 @pytest.mark.parametrize("module", [nn.Conv2d(1, 1, 1), nn.Embedding(3, 3), nn.Bilinear(2, 2, 2)])
 @pytest.mark.parametrize("make", [patch_linear_module, LinearAdapter])
-def test_what_is_no_linear_is_refused_by_either_exception_type(module, make):
+def test_other_modules_are_refused_by_either_exception_type(module, make):
     for expected in (NotImplementedError, AssertionError):
         with pytest.raises(expected, match=type(module).__name__):
             make(module)
@@ -310,7 +296,7 @@ def test_what_is_no_linear_is_refused_by_either_exception_type(module, make):
 
 @pytest.mark.parametrize("thing", [None, "q_proj", nn.Linear])
 @pytest.mark.parametrize("make", [patch_linear_module, LinearAdapter])
-def test_what_is_no_module_is_refused_like_what_is_no_linear(thing, make):
+def test_things_that_are_not_modules_are_refused_alike(thing, make):
     with pytest.raises(UnsupportedLinearError, match="it is not a module; pass a linear"):
         make(thing)
 
@@ -352,51 +338,6 @@ def test_a_subclass_whose_attribute_would_be_overwritten_is_refused():
         patch_linear_module(base)
 
 
-# 12: copying, pickling, compiling.
-
-
-@pytest.mark.parametrize("kind", [nn.Linear, DoublingLinear])
-def test_copies_and_pickles_compute_the_same(kind):
-    layer = make_trained(patch_linear_module(kind(6, 5), dim=3))
-    x = torch.randn(4, 6)
-    buffer = io.BytesIO()
-    torch.save(layer, buffer)
-    buffer.seek(0)
-    clones = [
-        copy.deepcopy(layer),
-        pickle.loads(pickle.dumps(layer)),
-        torch.load(buffer, weights_only=False),
-    ]
-    for clone in clones:
-        assert type(clone) is type(layer)
-        assert torch.equal(clone(x), layer(x))
-        assert clone.weight.data_ptr() != layer.weight.data_ptr()
-
-
-@pytest.mark.parametrize("kind", [nn.Linear, DoublingLinear])
-def test_identical_patched_blocks_compile_to_one_graph(kind):
-    torch._dynamo.reset()
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    layers = [make_trained(patch_linear_module(kind(8, 8), dim=2)) for _ in range(12)]
-    x = torch.randn(3, 8)
-    for layer in layers:
-        expected = layer(x)
-        layer.compile(backend=backend, fullgraph=True)
-        torch.testing.assert_close(layer(x), expected)
-    assert len(graphs) == 1
-    torch._dynamo.reset()
-
-
-def test_one_class_per_base_type():
-    first, second = (patch_linear_module(DoublingLinear(2, 2)) for _ in range(2))
-    assert type(first) is type(second)
-
-
 # 15: the constructors copy.
 
 
@@ -423,83 +364,6 @@ def test_init_adapter_adds_the_branch_without_changing_the_class():
     assert not base.weight.requires_grad and base.lora_a.weight.shape == (2, 4)
 
 
-# Training, and what stands around a layer.
-
-
-def test_training_moves_only_the_branch_and_lowers_the_loss():
-    base = nn.Linear(16, 16)
-    layer = patch_linear_module(base, dim=4, alpha=8)
-    weight = layer.weight.clone()
-    x, target = torch.randn(64, 16), torch.randn(64, 16)
-    optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(50):
-        optimizer.zero_grad()
-        loss = F.mse_loss(layer(x), target)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.9 * losses[0]
-    assert torch.equal(layer.weight, weight)
-
-
-def test_a_weight_parametrised_by_torch_keeps_its_parametrisation():
-    base = torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
-    x = torch.randn(2, 4)
-    expected = base(x)
-    layer = patch_linear_module(base, dim=2)
-    assert torch.equal(layer(x), expected)
-    assert {n for n, p in layer.named_parameters() if p.requires_grad} == {
-        "lora_a.weight",
-        "lora_b.weight",
-    }
-
-
-def test_linears_with_accelerate_hooks_are_adapted_not_bypassed():
-    from accelerate import dispatch_model
-    from accelerate.hooks import remove_hook_from_submodules
-
-    model = dispatch_model(nn.Sequential(nn.Linear(3, 3)), device_map={"": "cpu"}, force_hooks=True)
-    assert "forward" in vars(model[0])
-    layer = make_trained(patch_linear_module(model[0], dim=2))
-    x = torch.randn(2, 3)
-    expected = LinearAdapter.forward(layer, x)
-    assert torch.equal(model(x), expected)
-    remove_hook_from_submodules(model)
-    assert torch.equal(model(x), expected)
-
-
-@pytest.mark.parametrize("make", ["4bit", "8bit"])
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-def test_quantised_bases_keep_forward_and_keys_and_train(make):
-    import bitsandbytes as bnb
-
-    source = nn.Linear(64, 32)
-    if make == "4bit":
-        base = bnb.nn.Linear4bit(64, 32, quant_type="nf4", compute_dtype=torch.bfloat16)
-        base.load_state_dict(source.state_dict())
-    else:
-        base = bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False)
-        base.load_state_dict(source.state_dict())
-    base.to("cpu")
-    x = torch.randn(4, 64, dtype=torch.bfloat16, requires_grad=True)
-    expected = base(x)
-    if make == "4bit":
-        with pytest.raises(ValueError, match="uint8.*lora_dtype"):
-            patch_linear_module(base)
-    keys = set(base.state_dict())
-    layer = patch_linear_module(base, dim=4, lora_dtype=torch.bfloat16)
-    assert isinstance(layer, LinearAdapter) and isinstance(layer, type(base).__mro__[0])
-    assert set(layer.state_dict()) == keys | {"lora_a.weight", "lora_b.weight"}
-    assert torch.equal(layer(x), expected)
-    make_trained(layer)
-    layer(x).sum().backward()
-    assert x.grad is not None and layer.lora_a.weight.grad.abs().sum() > 0
-    optimizer = torch.optim.SGD([layer.lora_a.weight, layer.lora_b.weight], lr=1e-3)
-    optimizer.step()
-    assert not torch.equal(layer(x), expected)
-
-
 # Without Transformer Engine.
 
 
@@ -507,6 +371,3 @@ def test_quantised_bases_keep_forward_and_keys_and_train(make):
 def test_te_linear_adapter_without_te_names_the_extra():
     with pytest.raises(ImportError, match=r"bridge-peft\[te\]"):
         TELinearAdapter(nn.Linear(2, 2))
-
-
-# LoRALinear.

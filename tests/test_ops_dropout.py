@@ -168,10 +168,8 @@ class TestInTheLayer:
 
 
 def test_pre_drops_inputs_and_post_drops_outputs():
-    x, a = torch.ones(50, 8, requires_grad=True), torch.ones(1, 8)
-    b = torch.ones(6, 1)
-    zero = torch.zeros(6, 8)
-    a.requires_grad_(True), b.requires_grad_(True)
+    x, zero = torch.ones(50, 8, requires_grad=True), torch.zeros(6, 8)
+    a, b = torch.ones(1, 8, requires_grad=True), torch.ones(6, 1, requires_grad=True)
     pre = lora_linear(x, zero, None, a, b, 1.0, 0.5, "pre")
     # the number of inputs kept, times 2, the same in every output
     assert torch.equal(pre, pre[:, :1].expand_as(pre))

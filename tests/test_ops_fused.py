@@ -179,7 +179,8 @@ def test_gradcheck_and_gradgradcheck(op: str, position: str, p: float):
 
 def test_a_trainable_base_gets_its_gradients():
     t = case(dtype=torch.float64)
-    t[1].requires_grad_(True), t[2].requires_grad_(True)
+    for base in t[1:3]:
+        base.requires_grad_(True)
     dy = torch.randn(2, 150, 24, dtype=torch.float64)
     got, want = (torch.autograd.grad(y, t, dy) for y in (fast(t, "linear"), slow(t)))
     assert_close(got, want)

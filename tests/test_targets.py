@@ -117,7 +117,7 @@ def test_wrapping_a_linear_changes_neither_its_name_nor_its_initial_a(wrap):
     torch.testing.assert_close(adapter_state_dict(recipe(wrapped)), expected, rtol=0, atol=0)
 
 
-def test_excluding_what_is_left_alone_anyway_is_no_error():
+def test_excluding_what_is_left_alone_anyway_is_not_an_error():
     assert len(LoRA(exclude_modules=["embed_tokens"], dim=2).plan(models.llama()).rows) == 14
 
 

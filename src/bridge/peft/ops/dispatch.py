@@ -75,7 +75,7 @@ def choose_path(
             return ComputePath("reference", f"{t.dtype} is not a dtype of the fast path")
     if torch.compiler.is_compiling():
         return _COMPILED
-    if torch.jit.is_tracing():
+    if torch._C._get_tracing_state() is not None:
         return _TRACED
     if not trains_a_and_b:
         return _FROZEN

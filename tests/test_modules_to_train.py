@@ -1,0 +1,100 @@
+"""Modules trained in full beside the branches; what is random is proposed; sound dtypes."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from bridge.peft import LoRA, load_adapter, save_adapter
+from bridge.peft.errors import TargetError
+from tests.helpers import models
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+SMALL |= {"num_attention_heads": 4, "vocab_size": 64}
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """The directory of an encoder without a head."""
+    directory = tmp_path_factory.mktemp("encoder")
+    transformers.BertModel(transformers.BertConfig(**SMALL)).save_pretrained(directory)
+    return directory
+
+
+def classifier(directory, seed=0, kind=transformers.BertForSequenceClassification):
+    torch.manual_seed(seed)
+    return kind.from_pretrained(directory, num_labels=2).eval()
+
+
+def ids():
+    return torch.randint(3, 64, (4, 6), generator=torch.Generator().manual_seed(1))
+
+
+def test_a_random_head_is_proposed_and_left_out_of_all_linear(encoder):
+    model = classifier(encoder)
+    plan = LoRA(dim=2).plan(model)
+    assert "classifier: from no checkpoint" in plan.notes[0]
+    assert "modules_to_train=['classifier']" in plan.notes[0]
+    assert not any(row.fqn.startswith("classifier") for row in plan.rows)
+    with pytest.warns(UserWarning, match="classifier: from no checkpoint"):
+        LoRA(dim=2)(model)
+
+
+def test_a_head_of_two_linears_is_one_module(tmp_path):
+    config = transformers.RobertaConfig(**SMALL)
+    transformers.RobertaModel(config).save_pretrained(tmp_path)
+    model = classifier(tmp_path, kind=transformers.RobertaForSequenceClassification)
+    assert "modules_to_train=['classifier']" in LoRA(dim=2).plan(model).notes[0]
+    LoRA(dim=2, modules_to_train=["classifier"])(model)
+    assert all(p.requires_grad for p in model.classifier.parameters())
+
+
+def test_a_head_trained_in_full_comes_back_into_another_session_s_random_one(encoder, tmp_path):
+    recipe = LoRA(dim=2, modules_to_train=["classifier"], seed=0)
+    model = classifier(encoder, seed=1)
+    plan = recipe.plan(model)
+    assert [row.fqn for row in plan.trained_in_full] == ["classifier"]
+    assert "trained in full: classifier (Linear, 66 parameters)" in str(plan)
+    recipe(model)
+    assert plan.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    with torch.no_grad():
+        model.classifier.weight.normal_()
+    save_adapter(model, tmp_path)
+    again = load_adapter(classifier(encoder, seed=2), tmp_path)
+    assert torch.equal(again(ids()).logits, model(ids()).logits)
+
+
+def test_an_entry_that_matches_nothing_is_an_error_with_the_nearest_names():
+    with pytest.raises(TargetError, match="modules_to_train entry 'lm_haed'.*'lm_head'"):
+        LoRA(dim=2, modules_to_train=["lm_haed"])(models.llama())
+
+
+def test_what_is_trained_in_full_is_not_adapted_too():
+    model = models.llama()
+    LoRA(dim=2, modules_to_train=["mlp"])(model)
+    assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
+    assert model.model.layers[0].mlp.up_proj.weight.requires_grad
+
+
+def test_training_in_full_in_16_bits_is_said():
+    with pytest.warns(UserWarning, match="lm_head: trained in full in 16 bits"):
+        LoRA(dim=2, modules_to_train=["lm_head"])(models.llama().bfloat16())
+
+
+def test_models_without_marks_have_nothing_random(encoder):
+    made = transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL))
+    for model in (made, copy.deepcopy(classifier(encoder))):
+        assert not LoRA(dim=2).plan(model).notes
+
+
+def test_a_adapter_s_dtype_is_float32_over_half_bases_and_the_seed_s_layers_keep_theirs(tmp_path):
+    for dtype in (torch.float16, torch.bfloat16):
+        model = LoRA(dim=2)(models.llama().to(dtype))
+        assert model.lm_head.weight.dtype == dtype
+        layer = model.model.layers[0].self_attn.q_proj
+        assert {layer.lora_a.weight.dtype, layer.lora_b.weight.dtype} == {torch.float32}
+        assert model(ids()).logits.dtype == dtype
+    doubled = LoRA(dim=2)(models.llama().double())
+    assert doubled.model.layers[0].self_attn.q_proj.lora_a.weight.dtype == torch.float64

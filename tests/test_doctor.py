@@ -12,6 +12,7 @@ from bridge.peft.doctor import doctor
 from bridge.peft.doctor.tensor_checks import used_rank
 from bridge.peft.errors import AdapterError
 from tests.helpers import models
+from tests.helpers.architectures import tiny
 
 RECIPE = LoRA(dim=4, alpha=8, seed=0)
 
@@ -228,3 +229,33 @@ def test_a_model_that_fails_on_its_own_sample_does_not_stop_the_check_up(trained
     trained.model.embed_tokens.forward = lambda ids: ids.no_such_attribute
     check = doctor(trained)["forward and backward of the model"]
     assert check.status == "skip" and "no_such_attribute" in check.detail
+
+
+@pytest.mark.parametrize("name", ["vit", "whisper", "t5", "wav2vec2", "wavlm", "mamba", "clip"])
+def test_models_of_every_kind_of_input_are_run(name):
+    report = doctor(LoRA(dim=2)(tiny(name)))
+    assert report["forward and backward of the model"].status in ("pass", "warn"), str(report)
+    assert report.healthy
+
+
+class Unseen(nn.Module):
+    """Reads a weight where no source shows it."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.read = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.used(x) + x @ dict(self.named_parameters())["read.weight"]
+
+
+def test_a_linear_that_the_model_reads_past_fails_on_given_inputs():
+    report = doctor(LoRA(dim=2)(Unseen()), inputs={"x": torch.randn(2, 8)})
+    assert report["forward and backward of the model"].status == "fail"
+    assert "never called" in str(report) and not report.healthy
+    assert "inputs=" in doctor(LoRA(dim=2)(Unseen()))["forward and backward of the model"].detail
+
+
+def test_a_base_weight_that_is_computed_has_no_merge_forecast():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
+    assert doctor(LoRA(dim=2)(model))["merge forecast"].status == "skip"

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import prune
 
 from bridge.peft import (
     AdapterError,
@@ -465,3 +466,23 @@ def test_an_update_too_small_for_bfloat16_is_reported_as_lost():
     assert len(report.lost) == len(report.rows)
     unmerge(model)
     assert not merge(model.float()).lost
+
+
+@pytest.mark.parametrize(
+    "reparametrise",
+    [
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+    ],
+    ids=["pruned", "weight_norm", "spectral_norm"],
+)
+def test_weights_computed_from_other_parameters_are_refused(reparametrise):
+    model = nn.Sequential(nn.Linear(8, 8))
+    reparametrise(model[0])
+    x = torch.randn(2, 8)
+    trained(model)
+    adapted = model.eval()(x)
+    with pytest.raises(AdapterError, match="weight of 0 is computed from other parameters"):
+        merge(model)
+    assert torch.equal(model(x), adapted)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import nn
 
 from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.doctor.model_checks import model_checks
 from bridge.peft.doctor.report import Check, DoctorReport, some
 from bridge.peft.doctor.tensor_checks import tensor_checks
-from bridge.peft.dtypes import TRAINABLE_DTYPES
 from bridge.peft.errors import AdapterError
 from bridge.peft.formats.peft import AdapterFile, load_adapter, read_adapter
 from bridge.peft.formats.peft.fingerprint import differences
@@ -23,13 +23,20 @@ from bridge.peft.model.walk import adapted_modules, base_modules, unwrap
 __all__ = ["Check", "DoctorReport", "doctor"]
 
 
-def doctor(model: nn.Module | None = None, adapter: str | Path | None = None) -> DoctorReport:
+def doctor(
+    model: nn.Module | None = None,
+    adapter: str | Path | None = None,
+    *,
+    inputs: Mapping[str, Any] | None = None,
+) -> DoctorReport:
     """Check a model, an adapter directory, or whether the two fit; changes nothing.
 
     Args:
         model: A model, possibly wrapped. Of one that is not adapted yet a deep copy is adapted
             (with `adapter`, or with a fresh `LoRA()`), which takes its memory once more.
         adapter: A PEFT adapter directory.
+        inputs: What the model is run on, by the names of its forward's arguments; None makes
+            random ones for a model of transformers (text, vision, audio, encoder-decoder).
 
     Returns:
         A report; `print(report)` is a table, `report.healthy` is False if a check failed.
@@ -48,7 +55,7 @@ def doctor(model: nn.Module | None = None, adapter: str | Path | None = None) ->
     if adapter is not None:
         checks += _file_checks(adapter, root)
     if root is not None and all(check.status != "fail" for check in checks):
-        checks += _model_checks(root, adapter)
+        checks += _model_checks(root, adapter, inputs)
     return DoctorReport(tuple(checks))
 
 
@@ -84,14 +91,16 @@ def _same_base(file: AdapterFile, model: nn.Module) -> Check:
     return Check(name, "pass", "the base is the one that the adapter was trained on")
 
 
-def _model_checks(model: nn.Module, adapter: str | Path | None) -> list[Check]:
+def _model_checks(
+    model: nn.Module, adapter: str | Path | None, inputs: Mapping[str, Any] | None
+) -> list[Check]:
     checks: list[Check] = []
     if next(adapted_modules(model), None) is None:
         model = copy.deepcopy(model)
         if adapter is None:
             detail = "the model carries none; what follows is of a fresh LoRA() on a copy"
             checks.append(Check("adapters", "warn", detail, "LoRA(...)(model) adapts it"))
-            LoRA(lora_dtype=_lora_dtype(model))(model)
+            LoRA()(model)
         else:
             load_adapter(model, adapter)
     modules = dict(adapted_modules(model))
@@ -110,15 +119,8 @@ def _model_checks(model: nn.Module, adapter: str | Path | None) -> list[Check]:
         if any(check.status == "fail" for check in checks):
             # NaN in A or B would fail the checks that compute, each with a fix of its own
             return [*checks, Check("forward and backward", "skip", "the values are not finite")]
-    return checks + model_checks(model, layers)
+    return checks + model_checks(model, layers, inputs)
 
 
 def _is_meta(layer: LoRAMixin) -> bool:
     return any(p.is_meta for p in (layer.base_weight, *layer.adapter_parameters().values()))
-
-
-def _lora_dtype(model: nn.Module) -> torch.dtype | None:
-    """What a quantised base needs to be told."""
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    quantised = any(m.weight.dtype not in TRAINABLE_DTYPES for m in linears)
-    return torch.bfloat16 if quantised else None

@@ -6,7 +6,8 @@ same storage; gradients come from `torch.autograd.grad`, so no `.grad` is touche
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,17 +28,19 @@ from bridge.peft.merging.in_memory import merge_weight
 from bridge.peft.merging.report import LOST
 from bridge.peft.merging.rounding import all_finite
 from bridge.peft.model.disable import disable_adapters
+from bridge.peft.model.participation import watch_first_forward
 
 Layers = dict[str, LoRAMixin]
 _ROWS = 4
 
 
-def model_checks(model: nn.Module, layers: Layers) -> list[Check]:
+def model_checks(model: nn.Module, layers: Layers, inputs: Mapping[str, Any] | None) -> list[Check]:
     """Check an adapted model; it is left exactly as it was.
 
     Args:
         model: The model, not wrapped.
         layers: Its layers that were adapted in place, by name.
+        inputs: What to run it on; None makes random ones for a model of transformers.
     """
     if merged := [fqn for fqn, layer in layers.items() if layer.merged]:
         fix = "unmerge(model) first"
@@ -50,7 +53,7 @@ def model_checks(model: nn.Module, layers: Layers) -> list[Check]:
         return [*checks, Check("forward and backward", "skip", f"see {' and '.join(failed)}")]
     with _left_as_it_was(model):
         model.eval()
-        checks += [_no_op(layers), _gradients(layers), _whole_model(model, layers)]
+        checks += [_no_op(layers), _gradients(layers), _all_of_the_model(model, layers, inputs)]
     return [*checks, _save_and_load(model), _merge_forecast(layers)]
 
 
@@ -167,15 +170,18 @@ def _gradients(layers: Layers) -> Check:
     return Check(name, "pass", f"reach A and B of all {len(layers)} modules")
 
 
-def _whole_model(model: nn.Module, layers: Layers) -> Check:
+def _all_of_the_model(model: nn.Module, layers: Layers, inputs: Mapping[str, Any] | None) -> Check:
     name = "forward and backward of the model"
-    if not hasattr(model, "config"):
-        return Check(name, "skip", "not a model of transformers, so its inputs are not known")
+    if inputs is None and not hasattr(model, "config"):
+        return Check(name, "skip", "no model of transformers: pass doctor(model, inputs={…})")
     weights = [p for layer in layers.values() for p in _ab(layer) if p.requires_grad]
     try:
-        inputs: Any = sample_inputs(model)
+        inputs = sample_inputs(model) if inputs is None else inputs
+        watch_first_forward(model, layers)
         with torch.no_grad(), _b_set_to(layers, "zero"):
-            with_branches = _first(model(**inputs))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what the watch finds is this check's own result
+                with_branches = _first(model(**inputs))
             with disable_adapters(model):
                 base = _first(model(**inputs))
         with torch.enable_grad(), _b_set_to(layers, "random"):
@@ -221,7 +227,7 @@ def _merge_forecast(layers: Layers) -> Check:
     name = "merge forecast"
     whole = {f: m for f, m in layers.items() if _is_mergeable(m)}
     if not whole:
-        return Check(name, "skip", "the base is quantised, sharded or on meta")
+        return Check(name, "skip", "the base weights are quantised, sharded, computed or on meta")
     lost, worst = [], 0.0
     for fqn, layer in whole.items():
         weight = layer.oriented(layer.base_weight)
@@ -236,8 +242,8 @@ def _merge_forecast(layers: Layers) -> Check:
 
 
 def _is_mergeable(layer: LoRAMixin) -> bool:
-    plain = _is_plain(layer.base_weight)
-    return plain and all(bool(torch.isfinite(p).all()) for p in _ab(layer))
+    own = "weight" in layer._parameters and _is_plain(layer.base_weight) and layer.is_linear()
+    return own and all(bool(torch.isfinite(p).all()) for p in _ab(layer))
 
 
 def _is_plain(weight: Tensor) -> bool:

@@ -30,6 +30,7 @@ format: $(VENV)/.dev ## apply ruff's formatting and fixes
 
 bench: $(VENV)/.dev ## CPU benchmarks against the peers (about 16 minutes; QUICK=1 for three)
 	$(BIN)/python benchmarks/bench_linear.py $(if $(QUICK),--quick)
+	$(BIN)/python benchmarks/bench_linear.py --mixed $(if $(QUICK),--quick)
 	$(BIN)/python benchmarks/bench_model.py $(if $(QUICK),--quick)
 
 fuzz: $(VENV)/.dev ## 20,000 mutated adapter directories

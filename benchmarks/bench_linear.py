@@ -5,7 +5,8 @@ over rounds of its time over the frozen base's time of the same round.
 
     python benchmarks/bench_linear.py [--quick] [--dtypes float32] [--dropouts 0 0.1]
 
-writes linear.csv, linear.md and linear.png to benchmarks/results (linear_quick.* with --quick).
+writes linear.csv, linear.md and linear.png to benchmarks/results (linear_quick.* with --quick,
+linear_mixed.* with --mixed: float32 A and B over a bfloat16 base).
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ import csv
 import dataclasses
 import math
 import statistics
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from measure import machine, median_ratio, paired_times, peak_bytes, saved_bytes, step
-from peers import Case, available
+from peers import MIXED, Case, available
 
+Builders = Mapping[str, Callable[[Case], nn.Module]]
 RESULTS = Path(__file__).parent / "results"
 CPU_SHAPES = [(512, 1024, 1024), (2048, 1024, 1024), (1024, 2048, 2048), (2048, 2048, 5632)]
 #: What we aim at over all CPU shapes and ranks, by dtype and dropout.
@@ -51,9 +55,9 @@ def cases(args: argparse.Namespace) -> list[Case]:
     ]
 
 
-def measure(case: Case, budget: float) -> list[dict[str, Any]]:
+def measure(case: Case, builders: Builders, budget: float) -> list[dict[str, Any]]:
     """Time, saved bytes and peak memory of every layer in one cell."""
-    layers = {name: build(case) for name, build in available().items()}
+    layers = {name: build(case) for name, build in builders.items()}
     x, dy = case.tensors()
     runs = {name: lambda layer=layer: step(layer, x, dy) for name, layer in layers.items()}
     times, disturbed = paired_times(runs, budget)
@@ -147,6 +151,37 @@ def _cell_table(rows: list[dict[str, Any]], names: list[str]) -> list[str]:
     return lines
 
 
+def mixed_markdown(rows: list[dict[str, Any]]) -> str:
+    """What float32 A and B cost over a 16-bit base."""
+    lines = [
+        f"Machine: {rows[0]['machine']}; torch {rows[0]['torch']}. Time of forward and backward "
+        "over the frozen bfloat16 base's, medians of pairs. Targets: float32 A and B at most 1.05 "
+        "of bfloat16 ones, and never more than PEFT's.",
+        "",
+        "| cell | ours, float32 A and B | ours, 16 bits | PEFT, float32 | float32 / 16 bits |",
+        "|---|---|---|---|---|",
+    ]
+    over, worst = [], 0.0
+    for (_, p, tokens, k, n, dim), cell in _by_cell(rows).items():
+        ratios = {name: row["ratio"] for name, row in cell.items()}
+        over.append(ratios["ours"] / ratios["ours, 16 bits"])
+        worst = max(worst, ratios["ours"] / ratios["peft"])
+        figures = (ratios["ours"], ratios["ours, 16 bits"], ratios["peft"], over[-1])
+        shown = " | ".join(f"{figure:.3f}" for figure in figures)
+        lines.append(f"| p={p} {tokens}, {k}×{n}, r{dim} | {shown} |")
+    mean = geometric_mean(over)
+    verdicts = "met" if mean <= 1.05 else "missed", "met" if worst <= 1 else "missed"
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"float32 over 16 bits: {mean:.3f} (geometric mean), {verdicts[0]}; worst cell over "
+            f"PEFT's: {worst:.3f}, {verdicts[1]}.",
+            "",
+        ]
+    )
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw the ratio of every layer in every cell, with the FLOP floor."""
     import matplotlib
@@ -192,15 +227,24 @@ def main() -> None:
     parser.add_argument("--dropouts", nargs="+", type=float, default=[0.0, 0.1])
     parser.add_argument("--budget", type=float, default=None, help="seconds a cell, about")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--mixed", action="store_true", help="float32 A and B over bfloat16 only")
     parser.add_argument("--append", action="store_true", help="add to the CSV there is")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    name = "linear" + ("_cuda" if torch.cuda.is_available() else "") + "_quick" * args.quick
+    if args.mixed:
+        args.dtypes = ["bfloat16"]
+    builders = MIXED if args.mixed else available()
+    name = (
+        "linear"
+        + "_mixed" * args.mixed
+        + ("_cuda" if torch.cuda.is_available() else "")
+        + "_quick" * args.quick
+    )
     RESULTS.mkdir(exist_ok=True)
     table = RESULTS / f"{name}.csv"
     rows: list[dict[str, Any]] = []
     for case in cases(args):
-        found = measure(case, args.budget or (4.0 if args.quick else 6.0))
+        found = measure(case, builders, args.budget or (4.0 if args.quick else 6.0))
         rows += found
         ratios = "  ".join(f"{r['layer']} {r['ratio']:.3f}" for r in found)
         print(f"{case}\n  {ratios}  ({found[0]['disturbed']} rounds disturbed)", flush=True)
@@ -211,9 +255,10 @@ def main() -> None:
             writer.writeheader()
         writer.writerows(rows)
     rows = read(table)
-    text = markdown(rows)
+    text = mixed_markdown(rows) if args.mixed else markdown(rows)
     (RESULTS / f"{name}.md").write_text(text)
-    plot(rows, RESULTS / f"{name}.png")
+    if not args.mixed:
+        plot(rows, RESULTS / f"{name}.png")
     print("\n" + text)
 
 

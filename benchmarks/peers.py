@@ -6,6 +6,7 @@ trainable A and B, B not zero, dropout on the branch's input.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -126,22 +127,29 @@ class LeanLayer(SeedLayer):
         return _LeanBranch.apply(base, dropped, a, b, self.scale)  # pyright: ignore
 
 
-def _ours(case: Case) -> nn.Module:
+def _ours(case: Case, lora_dtype: torch.dtype | None = None) -> nn.Module:
     layer = patch_linear_module(
-        case.base(), dim=case.dim, alpha=case.alpha, dropout=case.dropout, dropout_position="pre"
+        case.base(),
+        dim=case.dim,
+        alpha=case.alpha,
+        dropout=case.dropout,
+        dropout_position="pre",
+        lora_dtype=lora_dtype,
     )
     nn.init.normal_(layer.get_parameter("lora_b.weight"), std=0.02)
     return layer
 
 
-def _hf_peft(case: Case) -> nn.Module:
+def _hf_peft(case: Case, lora_dtype: torch.dtype | None = None) -> nn.Module:
     from peft import LoraConfig
     from peft.tuners.lora.layer import Linear
 
     config = LoraConfig(r=case.dim, lora_alpha=case.alpha, lora_dropout=case.dropout)
     layer = Linear(case.base(), "default", config, r=case.dim, lora_alpha=case.alpha)
+    for name in ("lora_A", "lora_B"):
+        getattr(layer, name).to(lora_dtype or case.dtype)
     nn.init.normal_(layer.get_parameter("lora_B.default.weight"), std=0.02)
-    assert layer.get_parameter("lora_A.default.weight").dtype == case.dtype
+    assert layer.get_parameter("lora_A.default.weight").dtype == (lora_dtype or case.dtype)
     return layer.to(case.device)
 
 
@@ -152,6 +160,16 @@ _LAYERS: dict[str, Callable[[Case], nn.Module]] = {
     "peft": _hf_peft,
     "torchtune": TorchtuneLayer,
     "lean": LeanLayer,
+}
+
+
+#: The recipe's default over a 16-bit base, A and B in float32, beside A and B in 16 bits and PEFT's
+#: default, which is float32 too.
+MIXED: dict[str, Callable[[Case], nn.Module]] = {
+    "frozen": Case.base,
+    "ours": functools.partial(_ours, lora_dtype=torch.float32),
+    "ours, 16 bits": _ours,
+    "peft": functools.partial(_hf_peft, lora_dtype=torch.float32),
 }
 
 

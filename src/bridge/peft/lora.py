@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bridge.peft.branch.initializers import derive_seed
+from bridge.peft.branch.kinds.read_linear import READ
 from bridge.peft.branch.options import (
     BranchOptions,
     DropoutPosition,
@@ -27,7 +28,7 @@ from bridge.peft.model.participation import check_still_adapted
 from bridge.peft.model.pretrained import random_modules
 from bridge.peft.model.walk import adapted_modules, some_names, unwrap
 from bridge.peft.model.weight_reads import read_weights
-from bridge.peft.ops.dispatch import choose_path
+from bridge.peft.ops.dispatch import ComputePath, choose_path
 from bridge.peft.plan import Plan, PlanRow, TrainedRow
 from bridge.peft.targets import (
     ALL_LINEAR,
@@ -231,9 +232,8 @@ class LoRA:
         adapted = adapted_class(type(module))
         plain = adapted.plain_forward and is_plain(weight)
         path = choose_path(weight if plain else None, plain_linear=plain)
-        reason = path.reason
         if module in read:
-            reason = f"{read[module]} reads its weight, which reads as W + s·B·A"
+            path = ComputePath("read", READ.replace("other code", read[module]))
         n_in, n_out = adapted.features(module)
         return PlanRow(
             fqn=candidate.fqn,
@@ -245,7 +245,7 @@ class LoRA:
             scale=options.scale,
             dtype=options.resolve_dtype(weight.dtype),
             path=path.name,
-            reason=reason,
+            reason=path.reason,
         )
 
 

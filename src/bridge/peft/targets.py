@@ -162,7 +162,10 @@ def match_targets(
     }
     linears = [c for c in everything if reasons[id(c.module)] is None]
     if not linears:
-        raise TargetError(f"{type(model).__name__} has no linear that can be adapted")
+        raise TargetError(
+            f"{type(model).__name__} has no linear that can be adapted"
+            f"{_first_reason(everything, reasons)}"
+        )
     excluded = {key for entry in exclude for key in _excluded_by(entry, everything, reasons)}
     heads: set[int] = set()
     if targets == ALL_LINEAR:
@@ -190,6 +193,15 @@ def match_targets(
         if reason:
             skipped.append(Skipped(candidate.fqn, type(candidate.module).__name__, reason))
     return chosen, skipped
+
+
+def _first_reason(everything: list[Candidate], reasons: dict[int, str | None]) -> str:
+    """Why the first linear cannot be; empty where there is none."""
+    for candidate in everything:
+        if isinstance(candidate.module, nn.Linear):
+            name = candidate.fqn or "the model itself"
+            return f"; the first is {name}: {reasons[id(candidate.module)]}"
+    return ""
 
 
 def _targets_of(

@@ -9,6 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bridge.peft.branch.kinds.linear import LinearAdapter
+from bridge.peft.ops.dispatch import ComputePath
+
+#: Why a layer is of this kind.
+READ = "other code reads its weight, which reads as W + s·B·A"
 
 
 class ReadLinearAdapter(LinearAdapter):
@@ -28,6 +32,10 @@ class ReadLinearAdapter(LinearAdapter):
             base_type: The class of a module before adaptation.
         """
         return False
+
+    def lora_path(self) -> ComputePath:
+        """As the mixin's, and that other code reads the weight."""
+        return ComputePath("read", READ)
 
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]

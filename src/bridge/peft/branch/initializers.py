@@ -37,15 +37,7 @@ _INITIALIZERS = {**A_INITIALIZERS, "zeros": _zeros}
 
 
 def derive_seed(seed: int, fqn: str) -> int:
-    """Mix a run's seed with a module's name into a 63-bit seed, independent of all other modules.
-
-    Args:
-        seed: The run's seed.
-        fqn: The fully qualified name of the adapted module.
-
-    Returns:
-        An integer in [0, 2**63).
-    """
+    """Mix a run's seed with a module's name into a 63-bit seed of that module's own."""
     digest = hashlib.sha256(f"{seed}:{fqn}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 

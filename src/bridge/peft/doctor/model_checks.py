@@ -32,12 +32,7 @@ _ROWS = 4
 
 
 def model_checks(model: nn.Module, layers: Layers) -> list[Check]:
-    """Check an adapted model; it is left exactly as it was.
-
-    Args:
-        model: The model, not wrapped.
-        layers: Its layers that were adapted in place, by name.
-    """
+    """Check an adapted model, not wrapped, that is left exactly as it was."""
     if merged := [fqn for fqn, layer in layers.items() if layer.merged]:
         fix = "unmerge(model) first"
         return [Check("state", "warn", f"merged: {some(merged, len(layers))}", fix)]

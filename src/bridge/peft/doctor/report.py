@@ -68,10 +68,5 @@ class DoctorReport:
 
 
 def some(names: list[str], total: int) -> str:
-    """`"3 of 28 (first: model.layers.0.….q_proj)"`.
-
-    Args:
-        names: What was found, at least one.
-        total: Out of how many.
-    """
+    """`"3 of 28 (first: model.layers.0.….q_proj)"`."""
     return f"{len(names)} of {total} (first: {names[0]})"

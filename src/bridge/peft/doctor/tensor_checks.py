@@ -16,11 +16,7 @@ Pairs = Mapping[str, tuple[Tensor, Tensor]]
 
 
 def tensor_checks(pairs: Pairs) -> list[Check]:
-    """Check the tensors of an adapter.
-
-    Args:
-        pairs: `{fqn: (A, B)}`, A of shape (dim, in_features), B of shape (out_features, dim).
-    """
+    """Check the tensors of an adapter."""
     finite = _finite(pairs)
     if finite.status == "fail":
         return [finite, Check("rank used", "skip", "the values are not finite")]

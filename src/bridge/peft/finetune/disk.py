@@ -20,11 +20,6 @@ _FULL_WORDS = ("No space left", "inline_container.cc", "iostream error")
 def check_disk_space(plan: Plan, output: Path, *, keep: int) -> None:
     """Check that the kept checkpoints, one more being written and the final adapter fit.
 
-    Args:
-        plan: of the recipe to train.
-        output: where the run writes; its checkpoints count as written already.
-        keep: checkpoints kept.
-
     Raises:
         AdapterError: they do not.
     """

@@ -78,12 +78,7 @@ def load_config(name: str) -> PreTrainedConfig:
 def meta_model(
     config: PreTrainedConfig, name: str, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """Build the model on meta: every module and shape, no weight.
-
-    Args:
-        config: as `load_config` gives it.
-        name: of the model; only for the message.
-        dtype: of the parameters; None takes the configuration's own.
+    """Build the model on meta: every module and shape, no weight; `dtype=None` takes its own.
 
     Raises:
         AdapterError: transformers knows no causal language model for this configuration.

@@ -62,11 +62,7 @@ class RunSpec:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> RunSpec:
-        """Rebuild a record.
-
-        Raises:
-            AdapterError: a value that no record holds.
-        """
+        """Rebuild a record."""
         values = dict(record)
         lora = dict(values.pop("lora"))
         if lora.get("lora_dtype") is not None:
@@ -161,13 +157,8 @@ def clear_run(output: Path) -> None:
 def continue_spec(recorded: RunSpec, asked: Mapping[str, Any]) -> RunSpec:
     """Return the recorded run with the few options that may change on the way.
 
-    Args:
-        recorded: from `run.json`.
-        asked: what was given on the command line: `model`, `data`, `eval_data`, fields of the
-            recipe and of the options, in one mapping.
-
     Raises:
-        AdapterError: a given value differs from the run's own.
+        AdapterError: a value asked for differs from the run's own.
     """
     options = recorded.options
     for name, value in asked.items():

@@ -33,11 +33,7 @@ def run_metrics(
 ) -> dict[str, Any]:
     """Return losses, speed and sizes; a resumed run's speed is that of the steps since.
 
-    Args:
-        trainer: after training.
-        prepared: the data and the plan.
-        output: where the adapter lies.
-        seconds: this process trained and evaluated for; the speed leaves evaluation out.
+    This process trained and evaluated for `seconds`; the speed leaves evaluation out.
     """
     state, before = trainer.state, trainer.before
     _, losses = loss_points(state.log_history, "loss")

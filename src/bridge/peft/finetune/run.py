@@ -73,12 +73,7 @@ def train(
 ) -> Outcome:
     """Train, from the newest checkpoint where `resume`, and leave the adapter in `output`.
 
-    Args:
-        spec: the run; a resumed one with the digests it began with.
-        output: where everything goes.
-        console: for what the user should see.
-        resume: continue the run in `output`.
-        overwrite: remove the run that `output` holds, once all checks have passed.
+    `overwrite` removes the run that `output` holds, once all checks have passed.
 
     Raises:
         AdapterError: anything the user can fix; nothing was written then.

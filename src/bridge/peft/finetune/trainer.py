@@ -52,11 +52,7 @@ class AdapterTrainer(SFTTrainer):
         self._writing_to = self._root
 
     def train_from(self, checkpoint: Path | None) -> None:
-        """Train from a checkpoint, or from the start; of a run's last checkpoint, just take over.
-
-        Args:
-            checkpoint: as `checkpoint_to_resume` gives it.
-        """
+        """Train from a checkpoint, or from the start; of a run's last checkpoint, just take over."""
         if checkpoint is not None:
             self.before = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
             if self.before.global_step >= self.args.max_steps:
@@ -133,10 +129,7 @@ def keep_packed_weights_trainable(model: nn.Module) -> None:
 def trainer_config(prepared: Prepared, output: Path, *, resumed: bool) -> SFTConfig:
     """Translate our options into TRL's.
 
-    Args:
-        prepared: the run; half types train under autocast.
-        output: where checkpoints and logs go.
-        resumed: a resumed run has its evaluation before training in its history already.
+    A resumed run has its evaluation before training in its history already.
     """
     options, dtype, steps = prepared.spec.options, prepared.dtype, prepared.steps
     evaluate = bool(prepared.evaluation)

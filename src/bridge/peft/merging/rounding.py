@@ -40,13 +40,9 @@ class Update:
         device: torch.device | str = "cpu",
         transposed: bool = False,
     ) -> Update:
-        """Stack the factors of one or several adapters.
+        """Stack the factors of one or several adapters, to compute in `dtype` on `device`.
 
-        Args:
-            terms: A, B and scale of each.
-            dtype: Dtype of the computation.
-            device: Where to compute.
-            transposed: The weight is stored as (in_features, out_features).
+        `transposed`: the weight is stored as (in_features, out_features).
         """
         terms = [(a.detach(), b.detach(), scale) for a, b, scale in terms]
         b = torch.cat([b.to(device, dtype) * scale for _, b, scale in terms], dim=1)
@@ -74,10 +70,7 @@ class Scratch:
     def like(self, slot: str, block: Tensor, dtype: torch.dtype) -> Tensor:
         """A contiguous buffer of the shape and on the device of `block`, not initialised.
 
-        Args:
-            slot: Its name; two slots never share memory.
-            block: What gives shape and device.
-            dtype: Its dtype.
+        Two slots never share memory.
         """
         key = (slot, dtype, block.device)
         flat = self._flat.get(key)

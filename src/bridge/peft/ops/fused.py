@@ -122,13 +122,7 @@ def add_forward(
 
 
 def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return ``W x + b`` as a tensor of its own that may be written to, in an autograd function.
-
-    Args:
-        x: (..., in_features).
-        weight: (out_features, in_features).
-        bias: (out_features,) or None.
-    """
+    """Return ``W x + b`` as a tensor of its own that may be written to, in an autograd function."""
     y = F.linear(x, weight, bias)
     if y._is_view() or not y.is_contiguous():
         # Consumers may write into our result, which a view made in here would forbid.

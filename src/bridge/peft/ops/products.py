@@ -56,16 +56,7 @@ class Branch(NamedTuple):
 
 
 def contract(x: Tensor, a: Tensor, mask: SeededMask | None) -> Tensor:
-    """Return ``x aᵀ``.
-
-    Args:
-        x: (tokens, features).
-        a: (dim, features).
-        mask: What to drop of x, or None.
-
-    Returns:
-        (tokens, dim), in the dtype of ``a``.
-    """
+    """Return ``x aᵀ``, (tokens, dim), in the dtype of ``a``, (dim, features); ``mask`` is of x."""
     if mask is None and x.dtype == a.dtype:
         return _narrow(x, a)
     return _cat([_narrow(_masked(x_, a, kept), a) for kept, x_ in _blocks(a, mask, x)])
@@ -76,16 +67,7 @@ def contract_backward(
 ) -> Tensor:
     """Add ``s dh a``, masked, into dx in place, where there is one, and return ``s dhᵀ x``.
 
-    Args:
-        x: (tokens, features).
-        dh: (tokens, dim), the gradient of ``contract``'s result over s.
-        a: (dim, features).
-        s: Factor.
-        mask: What `contract` dropped of x, or None.
-        dx: (tokens, features) or None.
-
-    Returns:
-        (dim, features), the gradient of ``a``.
+    dh, (tokens, dim), is the gradient of `contract`'s result over s; the result that of ``a``.
     """
     if mask is None and x.dtype == a.dtype:
         if dx is not None:
@@ -100,15 +82,7 @@ def contract_backward(
 
 
 def expand_(y: Tensor, h: Tensor, a: Tensor, s: float, mask: SeededMask | None) -> None:
-    """Add ``s h a`` into y in place.
-
-    Args:
-        y: (tokens, features).
-        h: (tokens, dim).
-        a: (dim, features).
-        s: Factor.
-        mask: What to drop of the product, or None.
-    """
+    """Add ``s h a``, masked, into y, (tokens, features), in place; h is (tokens, dim)."""
     if mask is None and y.dtype == a.dtype:
         y.addmm_(h, a, alpha=s)
         return
@@ -119,18 +93,7 @@ def expand_(y: Tensor, h: Tensor, a: Tensor, s: float, mask: SeededMask | None) 
 def expand_backward(
     dy: Tensor, h: Tensor, a: Tensor, s: float, mask: SeededMask | None
 ) -> tuple[Tensor, Tensor]:
-    """Return ``dy aᵀ``, the gradient of h over s, and ``s hᵀ dy``, that of ``a``.
-
-    Args:
-        dy: (tokens, features).
-        h: (tokens, dim).
-        a: (dim, features).
-        s: Factor.
-        mask: What `expand_` dropped of the product, or None.
-
-    Returns:
-        (tokens, dim) and (dim, features).
-    """
+    """Return ``dy aᵀ``, the gradient of h over s, and ``s hᵀ dy``, that of ``a``."""
     if mask is None and dy.dtype == a.dtype:
         return _narrow(dy, a), _outer(h, dy, a, s)
     total, dhs = _Sum(), []

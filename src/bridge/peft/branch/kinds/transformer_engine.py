@@ -36,12 +36,7 @@ class TELinearAdapter(LoRAMixin, TELinear):
 
     Args:
         orig_linear: The `transformer_engine.pytorch.Linear` to adapt.
-        dim: Rank of the update.
-        alpha: Scaling numerator, `scale = alpha / dim`.
-        dropout: Probability in [0, 1).
-        dropout_position: `"pre"` (on x) or `"post"` (on the scaled branch output).
-        lora_A_init_method: `"xavier"` or `"uniform"`.
-        lora_dtype: Dtype of A and B; None takes the base weight's.
+        dim, alpha, …: The branch's options; see `BranchOptions`.
 
     Raises:
         ImportError: Transformer Engine is not installed.
@@ -57,20 +52,12 @@ class TELinearAdapter(LoRAMixin, TELinear):
 
     @classmethod
     def takes(cls, base_type: type[nn.Module]) -> bool:
-        """Whether Transformer Engine is there and this is its linear, or a class below it.
-
-        Args:
-            base_type: The class of a module before adaptation.
-        """
+        """Whether Transformer Engine is there and this is its linear, or a class below it."""
         return HAVE_TE and issubclass(base_type, TELinear)
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
-        """Why this linear cannot be adapted in place; None if it can.
-
-        Args:
-            module: It is not adapted yet, and is not touched.
-        """
+        """Why this linear cannot be adapted in place; None if it can."""
         if type(module) is not TELinear:
             return "subclasses of te.Linear answer with tuples of their own; wrap it in LoRALinear"
         if "weight" not in module._parameters:

@@ -41,7 +41,7 @@ def test_json_has_rows_and_totals(model, capsys):
     ("arguments", "said"),
     [
         (["--target-modules", "q_prj"], "did you mean 'q_proj'"),
-        (["--target-modules", "re:["], "no valid regex"),
+        (["--target-modules", "re:["], "not a valid regex"),
         (["--lora-dtype", "int8"], "unknown dtype 'int8'"),
         (["--dropout-position", "mid"], "dropout_position must be one of"),
         (["--alpha", "nan"], "alpha"),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from bridge.peft.dtypes import dtype_name
 from bridge.peft.targets import Skipped
 from bridge.peft.text_table import table
 
@@ -96,14 +98,12 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Rows, modules not adapted and totals, ready for JSON."""
-        rows = []
-        for row in self.rows:
-            record = dataclasses.asdict(row) | {
-                "dtype": str(row.dtype).removeprefix("torch."),
-                "trainable": row.trainable,
-                "flops_per_token": row.flops_per_token,
-            }
-            rows.append(record)
+        rows = [
+            dataclasses.asdict(row)
+            | {"dtype": dtype_name(row.dtype)}
+            | {"trainable": row.trainable, "flops_per_token": row.flops_per_token}
+            for row in self.rows
+        ]
         totals = {
             "modules": len(self.rows),
             "trainable": self.trainable,
@@ -136,7 +136,7 @@ class Plan:
         if self.not_adapted:
             yield ""
             yield "not adapted:"
-            for (name, kind, reason), count in _count(
+            for (name, kind, reason), count in Counter(
                 (_starred(item.fqn), item.base_type, item.reason) for item in self.not_adapted
             ).items():
                 yield f"  {name}{_times(count)} ({kind}): {reason}"
@@ -148,13 +148,6 @@ def _starred(fqn: str) -> str:
 
 def _times(count: int) -> str:
     return f" ×{count}" if count > 1 else ""
-
-
-def _count(keys: Iterator[tuple[str, ...]]) -> dict[tuple[str, ...], int]:
-    counts: dict[tuple[str, ...], int] = {}
-    for key in keys:
-        counts[key] = counts.get(key, 0) + 1
-    return counts
 
 
 def _grouped(rows: tuple[PlanRow, ...]) -> Iterator[tuple[str, ...]]:

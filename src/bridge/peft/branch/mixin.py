@@ -69,7 +69,11 @@ class LoRAMixin(nn.Module):
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
-        """Why a module of a class that this kind takes cannot be adapted; None if it can."""
+        """Why a module of a class that this kind takes cannot be adapted; None if it can.
+
+        Args:
+            module: It is not adapted yet, and is not touched.
+        """
         if taken := [name for name in _BRANCH_ATTRIBUTES if hasattr(module, name)]:
             return f"its own attribute {taken[0]!r} would be overwritten by the adapter's"
         weight: Tensor = module.weight  # pyright: ignore[reportAssignmentType]

@@ -67,6 +67,22 @@ class DoctorReport:
         yield ", ".join(f"{count} {status}" for status, count in counts.items() if count)
 
 
+def verdict(
+    name: str,
+    bad: list[str],
+    total: int,
+    found: str,
+    fix: str,
+    *,
+    good: str,
+    status: Status = "fail",
+) -> Check:
+    """A check that passes, saying `good`, unless it found something bad in some of the modules."""
+    if bad:
+        return Check(name, status, f"{found} {some(bad, total)}", fix)
+    return Check(name, "pass", good)
+
+
 def some(names: list[str], total: int) -> str:
     """`"3 of 28 (first: model.layers.0.….q_proj)"`."""
     return f"{len(names)} of {total} (first: {names[0]})"

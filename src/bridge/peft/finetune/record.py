@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import shlex
 import shutil
@@ -21,11 +20,13 @@ from bridge.peft import LoRA
 from bridge.peft.dtypes import dtype_name, parse_dtype
 from bridge.peft.errors import AdapterError
 from bridge.peft.finetune.options import FREE_ON_RESUME, TrainingOptions, flag
+from bridge.peft.formats.files.atomic import replace_file
 
 RECORD = "run.json"
+METRICS = "metrics.json"  # written last
 PARTIAL = ".partial"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_OURS = {RECORD, "metrics.json", "loss.png", "logs"}
+_OURS = {RECORD, METRICS, "loss.png", "logs"}
 _OUR_PREFIXES = ("adapter_", "bridge_adapter", ".adapter", ".partial", ".run.json", ".metrics.json")
 
 
@@ -97,19 +98,17 @@ def existing_run(output: Path) -> RunSpec | None:
 def write_record(output: Path, spec: RunSpec) -> None:
     """Write `run.json`, in one step."""
     output.mkdir(parents=True, exist_ok=True)
-    write_atomically(output / RECORD, json.dumps(spec.to_json(), indent=2) + "\n")
+    write_json(output / RECORD, spec.to_json())
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file in one step: a reader sees the old text or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write JSON in one step: a reader sees the old file or the new one."""
+    replace_file(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def is_finished(output: Path) -> bool:
-    """Say whether the run in `output` came to its end: the metrics are written last."""
-    return (output / "metrics.json").is_file()
+    """Say whether the run in `output` came to its end."""
+    return (output / METRICS).is_file()
 
 
 def checkpoints(output: Path) -> list[Path]:

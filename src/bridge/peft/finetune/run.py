@@ -17,15 +17,17 @@ from bridge.peft.finetune.disk import check_disk_space, disk_full_told
 from bridge.peft.finetune.models import load_model, model_digest, quiet, quiet_imports
 from bridge.peft.finetune.prepare import Prepared, prepare
 from bridge.peft.finetune.record import (
+    METRICS,
     RunSpec,
     check_same_run,
     checkpoint_to_resume,
     checkpoints,
     clear_run,
     resume_command,
+    write_json,
     write_record,
 )
-from bridge.peft.finetune.report import plot_loss, print_summary, run_metrics, write_metrics
+from bridge.peft.finetune.report import plot_loss, print_summary, run_metrics
 from bridge.peft.finetune.samples import Sample
 from bridge.peft.finetune.trainer import (
     AdapterTrainer,
@@ -109,7 +111,7 @@ def finish(spec: RunSpec, outcome: Outcome, output: Path, console: Console) -> i
         _say_how_to_resume(output, console)
         return 128 + outcome.signal
     if PartialState().is_main_process:
-        write_metrics(output, outcome.metrics)
+        write_json(output / METRICS, outcome.metrics)
     print_summary(console, output, outcome.metrics, spec.model)
     return 0
 

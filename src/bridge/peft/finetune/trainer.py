@@ -52,7 +52,7 @@ class AdapterTrainer(SFTTrainer):
         self._writing_to = self._root
 
     def train_from(self, checkpoint: Path | None) -> None:
-        """Train from a checkpoint, or from the start; of a run's last checkpoint, just take over."""
+        """Train from a checkpoint, or the start; of a run's last checkpoint, just take over."""
         if checkpoint is not None:
             self.before = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
             if self.before.global_step >= self.args.max_steps:

@@ -8,9 +8,14 @@ from torch import Tensor, nn
 
 
 def sharers(model: nn.Module, layers: Iterable[nn.Module]) -> Mapping[nn.Module, list[str]]:
-    """Name, for each layer whose weight is shared, the other parameters in the same memory.
+    """Name the other modules' parameters that overlap the weight of each layer.
 
-    `layers` are modules with a `weight`.
+    Args:
+        model: The model, not wrapped.
+        layers: Modules with a `weight`.
+
+    Returns:
+        For each layer whose weight is shared the names of those parameters.
     """
     by_storage: dict[int, list[tuple[str, nn.Module, Tensor]]] = {}
     for fqn, module in model.named_modules():

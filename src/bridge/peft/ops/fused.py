@@ -21,20 +21,11 @@ class LoRALinearFunction(torch.autograd.Function):
     """``y = W x + b + s B A x`` for a plain base; the branch is added into the base's result."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        seed: int | None,
-        branch: Branch,
-    ) -> Tensor:
-        """Return y, (..., out_features), in the dtype of the base's result."""
-        y, h = linear_forward(x, weight, bias, lora_a, lora_b, seed, branch)
-        ctx.save_for_backward(x, weight, bias, lora_a, lora_b, h)
-        ctx.seed, ctx.branch = seed, branch
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        """Return y; the inputs are those of `linear_forward`."""
+        y, h = linear_forward(*inputs)
+        *tensors, ctx.seed, ctx.branch = inputs
+        ctx.save_for_backward(*tensors, h)
         return y
 
     @staticmethod
@@ -59,19 +50,11 @@ class LoRAAddFunction(torch.autograd.Function):
     """``y = base_out + s B A x`` for the result of any base; ``base_out`` is only read."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        base_out: Tensor,
-        x: Tensor,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        seed: int | None,
-        branch: Branch,
-    ) -> Tensor:
-        """Return y, of the shape and dtype of ``base_out``."""
-        y, h = add_forward(base_out, x, lora_a, lora_b, seed, branch)
-        ctx.save_for_backward(x, lora_a, lora_b, h)
-        ctx.seed, ctx.branch = seed, branch
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        """Return y; the inputs are those of `add_forward`."""
+        y, h = add_forward(*inputs)
+        _base_out, *tensors, ctx.seed, ctx.branch = inputs
+        ctx.save_for_backward(*tensors, h)
         return y
 
     @staticmethod

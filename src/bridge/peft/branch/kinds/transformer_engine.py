@@ -13,20 +13,12 @@ from bridge.peft.branch.options import DropoutPosition, InitMethod
 from bridge.peft.errors import MissingExtraError, UnsupportedLinearError
 from bridge.peft.tensors import is_plain
 
-#: Settings of a `te.Linear` that a copy carries on when it has them: attribute -> constructor name.
-_SETTINGS = {
-    "use_bias": "bias",
-    "return_bias": "return_bias",
-    "parallel_mode": "parallel_mode",
-    "tp_group": "tp_group",
-    "tp_size": "tp_size",
-    "sequence_parallel": "sequence_parallel",
-    "fuse_wgrad_accumulation": "fuse_wgrad_accumulation",
-    "get_rng_state_tracker": "get_rng_state_tracker",
-    "rng_tracker_name": "rng_tracker_name",
-    "symmetric_ar_type": "symmetric_ar_type",
-    "save_original_input": "save_original_input",
-}
+#: Settings of a `te.Linear`, beside its bias, that a copy carries on when it has them.
+_SETTINGS = (
+    *("return_bias", "parallel_mode", "tp_group", "tp_size", "sequence_parallel"),
+    *("fuse_wgrad_accumulation", "get_rng_state_tracker", "rng_tracker_name"),
+    *("symmetric_ar_type", "save_original_input"),
+)
 
 
 class TELinearAdapter(LoRAMixin, TELinear):
@@ -124,15 +116,12 @@ def _constructor_arguments(orig: TELinear) -> dict[str, Any]:
             f"cannot copy a te.Linear whose weight is a {type(weight).__name__} (fp8): writing it "
             "would quantise again; patch_linear_module adapts it in place"
         )
-    settings = {
-        name: getattr(orig, attribute)
-        for attribute, name in _SETTINGS.items()
-        if getattr(orig, attribute, None) is not None
-    }
+    settings = {name: getattr(orig, name, None) for name in _SETTINGS}
     return {
         "in_features": orig.in_features,
         "out_features": orig.out_features,
         "params_dtype": weight.dtype,
         "device": weight.device.type if weight.is_meta else weight.device,
-        **settings,
+        "bias": orig.use_bias,
+        **{name: value for name, value in settings.items() if value is not None},
     }

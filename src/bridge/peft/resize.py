@@ -47,11 +47,7 @@ class ResizeRow:
 
 @dataclass(frozen=True)
 class ResizeReport:
-    """A row per module; prints as a table.
-
-    Attributes:
-        rows: One per module, in the file's order.
-    """
+    """A row per module, in the file's order; prints as a table."""
 
     rows: tuple[ResizeRow, ...]
 

@@ -20,8 +20,6 @@ from bridge.peft.formats.peft.fit import plan_load
 from bridge.peft.lora import LoRA
 from bridge.peft.model.walk import adapted_modules, base_modules, unwrap
 
-__all__ = ["Check", "DoctorReport", "doctor"]
-
 
 def doctor(model: nn.Module | None = None, adapter: str | Path | None = None) -> DoctorReport:
     """Check a model, an adapter directory, or whether the two fit; changes nothing.

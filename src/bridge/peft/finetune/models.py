@@ -51,11 +51,7 @@ _SAMPLED_BYTES = 256
 
 
 def load_config(name: str) -> PreTrainedConfig:
-    """Load a model's configuration from a directory or the Hub.
-
-    Raises:
-        AdapterError: there is no such model, or it is not a causal language model.
-    """
+    """Load a model's configuration from a directory or the Hub."""
     path = Path(name)
     written = "written by save_pretrained"
     if not name.strip():
@@ -78,11 +74,7 @@ def load_config(name: str) -> PreTrainedConfig:
 def meta_model(
     config: PreTrainedConfig, name: str, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """Build the model on meta: every module and shape, no weight; `dtype=None` takes its own.
-
-    Raises:
-        AdapterError: transformers knows no causal language model for this configuration.
-    """
+    """Build the model on meta: every module and shape, no weight; `dtype=None` takes its own."""
     with torch.device("meta"):
         try:
             return AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)
@@ -94,11 +86,7 @@ def meta_model(
 
 
 def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a model's weights in `dtype`.
-
-    Raises:
-        AdapterError: the weights are missing, damaged or do not fit the configuration.
-    """
+    """Load a model's weights in `dtype`."""
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     try:
@@ -120,11 +108,7 @@ def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def load_tokenizer(name: str) -> Any:
-    """Load a model's tokenizer.
-
-    Raises:
-        AdapterError: there is none.
-    """
+    """Load a model's tokenizer."""
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # tokenizer files fail in as many ways as there are formats

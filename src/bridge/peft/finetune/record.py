@@ -34,15 +34,8 @@ _OUR_PREFIXES = ("adapter_", "bridge_adapter", ".adapter", ".partial", ".run.jso
 class RunSpec:
     """What a run trains, on what and how; `digests` and `world_size` are known once it starts.
 
-    Attributes:
-        model: Directory (absolute) or Hub id of the base model.
-        data: JSONL file (absolute); empty for the demo.
-        eval_data: JSONL file (absolute), or None to hold out a share of the data.
-        demo: Whether this is the embedded demo.
-        lora: The recipe.
-        options: How to train.
-        digests: Of the base model, the data and the evaluation data.
-        world_size: Processes that train together.
+    Model and files are absolute paths, or the model a Hub id; `data` is empty for the demo, and
+    without `eval_data` a share of the data is held out.
     """
 
     model: str
@@ -73,11 +66,7 @@ class RunSpec:
 
 
 def existing_run(output: Path) -> RunSpec | None:
-    """Return the record of the run that `output` holds; None if it is free.
-
-    Raises:
-        AdapterError: `output` is a file, holds other files, or its record cannot be read.
-    """
+    """Return the record of the run that `output` holds; None if it is free."""
     if output.exists() and not output.is_dir():
         raise AdapterError(f"{output} is a file; pass a directory with --output")
     if not output.is_dir() or not any(output.iterdir()):
@@ -122,11 +111,7 @@ def checkpoints(output: Path) -> list[Path]:
 
 
 def checkpoint_to_resume(output: Path, processes: int) -> Path:
-    """Return the newest checkpoint, checked to hold what `processes` processes need.
-
-    Raises:
-        AdapterError: somebody removed one of its files.
-    """
+    """Return the newest checkpoint, checked to hold what `processes` processes need."""
     *older, newest = checkpoints(output)
     states = [f"rng_state_{i}.pth" for i in range(processes)] if processes > 1 else []
     names = ["adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt"]
@@ -154,11 +139,7 @@ def clear_run(output: Path) -> None:
 
 
 def continue_spec(recorded: RunSpec, asked: Mapping[str, Any]) -> RunSpec:
-    """Return the recorded run with the few options that may change on the way.
-
-    Raises:
-        AdapterError: a value asked for differs from the run's own.
-    """
+    """Return the recorded run with the few options that may change on the way."""
     options = recorded.options
     for name, value in asked.items():
         if name in FREE_ON_RESUME:
@@ -178,11 +159,7 @@ def continue_spec(recorded: RunSpec, asked: Mapping[str, Any]) -> RunSpec:
 
 
 def check_same_run(recorded: RunSpec, now: RunSpec, output: Path) -> None:
-    """Check that model, data and processes are still those the run began with.
-
-    Raises:
-        AdapterError: one of them is not.
-    """
+    """Check that model, data and processes are still those the run began with."""
     for what, digest in recorded.digests.items():
         if now.digests.get(what) != digest:
             raise AdapterError(

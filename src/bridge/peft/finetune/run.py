@@ -75,10 +75,8 @@ def train(
 ) -> Outcome:
     """Train, from the newest checkpoint where `resume`, and leave the adapter in `output`.
 
-    `overwrite` removes the run that `output` holds, once all checks have passed.
-
-    Raises:
-        AdapterError: anything the user can fix; nothing was written then.
+    With `overwrite` a run in the way is removed, once all checks have passed; nothing is written
+    where one fails.
     """
     prepared = _prepare(spec, output)
     for note in prepared.notes:
@@ -101,11 +99,7 @@ def train(
 
 
 def finish(spec: RunSpec, outcome: Outcome, output: Path, console: Console) -> int:
-    """Write `metrics.json`, which marks a run as finished, and print the summary.
-
-    Returns:
-        0; where a signal stopped the run, 128 + its number, after a line on how to resume.
-    """
+    """Write `metrics.json`, which marks a run as finished, and print the summary; the exit code."""
     if outcome.metrics is None:
         assert outcome.signal is not None
         _say_how_to_resume(output, console)

@@ -32,14 +32,8 @@ class AdapterTrainer(SFTTrainer):
 
     `checkpoint-N` holds the adapter's files, the optimizer, the schedule, the random states and the
     trainer's state. It is written under `.partial` and renamed when nothing is missing, so a
-    process killed at any moment leaves the newest complete checkpoint as it was.
-
-    Args:
-        keep: newest checkpoints kept.
-        **kwargs: what `SFTTrainer` takes.
-
-    Attributes:
-        before: the state this process started from.
+    process killed at any moment leaves the newest complete checkpoint as it was. The newest `keep`
+    stay; `before` is the state that this process started from.
     """
 
     model: Any  # never None here

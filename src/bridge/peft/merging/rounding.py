@@ -23,9 +23,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Update:
     """`Σ scale · B A` as one product of two thin factors, the way round the weight is stored.
 
-    Attributes:
-        left: (rows, total rank).
-        right: (total rank, columns).
+    `left` is (rows, total rank), `right` (total rank, columns).
     """
 
     left: Tensor

@@ -99,9 +99,8 @@ def lora_linear(
     if path.name == "reference":
         drop = _reference_dropout(x, lora_b, dropout, dropout_position)
         return lora_linear_reference(x, weight, bias, lora_a, lora_b, scale, *drop)
-    seed = draw_seed() if dropout > 0.0 else None
-    branch = Branch(scale, dropout, dropout_position)
-    arguments = (x, weight, bias, lora_a, lora_b, seed, branch)
+    branch = Branch(scale, dropout, dropout_position, draw_seed() if dropout > 0.0 else None)
+    arguments = (x, weight, bias, lora_a, lora_b, branch)
     if torch.is_grad_enabled():
         return LoRALinearFunction.apply(*arguments)
     return linear_forward(*arguments)[0]
@@ -127,9 +126,8 @@ def lora_add(
         drop = _reference_dropout(x, lora_b, dropout, dropout_position)
         out = lora_branch_reference(x, lora_a, lora_b, scale, *drop)
         return add_in_base_dtype(base_out, out)
-    seed = draw_seed() if dropout > 0.0 else None
-    branch = Branch(scale, dropout, dropout_position)
-    arguments = (base_out, x, lora_a, lora_b, seed, branch)
+    branch = Branch(scale, dropout, dropout_position, draw_seed() if dropout > 0.0 else None)
+    arguments = (base_out, x, lora_a, lora_b, branch)
     if torch.is_grad_enabled():
         return LoRAAddFunction.apply(*arguments)
     return add_forward(*arguments)[0]

@@ -24,7 +24,7 @@ class LoRALinearFunction(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         """Return y; the inputs are those of `linear_forward`."""
         y, h = linear_forward(*inputs)
-        *tensors, ctx.seed, ctx.branch = inputs
+        *tensors, ctx.branch = inputs
         ctx.save_for_backward(*tensors, h)
         return y
 
@@ -35,15 +35,15 @@ class LoRALinearFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
             inputs = (x, weight, bias, lora_a, lora_b)
-            return *_differentiable(lora_linear_reference, inputs, needs[:5], dy, ctx), None, None
+            return *_differentiable(lora_linear_reference, inputs, needs[:5], dy, ctx), None
         rows, dy = rows_of(x), rows_of(dy).contiguous()
-        pre, post, s = ctx.branch.masks(ctx.seed, rows, lora_b)
+        pre, post, s = ctx.branch.masks(rows, lora_b)
         dh, db = expand_backward(dy, h, lora_b.t(), s, post)
         dx = dy @ weight if needs[0] else None
         da = contract_backward(rows, dh, lora_a, s, pre, dx)
         dw = dy.t() @ rows if needs[1] else None
         dbias = dy.sum(0) if needs[2] else None
-        return None if dx is None else dx.view(x.shape), dw, dbias, da, db.t(), None, None
+        return None if dx is None else dx.view(x.shape), dw, dbias, da, db.t(), None
 
 
 class LoRAAddFunction(torch.autograd.Function):
@@ -53,7 +53,7 @@ class LoRAAddFunction(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         """Return y; the inputs are those of `add_forward`."""
         y, h = add_forward(*inputs)
-        _base_out, *tensors, ctx.seed, ctx.branch = inputs
+        _base_out, *tensors, ctx.branch = inputs
         ctx.save_for_backward(*tensors, h)
         return y
 
@@ -64,27 +64,21 @@ class LoRAAddFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:4]
         if torch.is_grad_enabled():
             inputs = (x, lora_a, lora_b)
-            return dy, *_differentiable(lora_branch_reference, inputs, needs, dy, ctx), None, None
+            return dy, *_differentiable(lora_branch_reference, inputs, needs, dy, ctx), None
         rows, dy_rows = rows_of(x), rows_of(dy).contiguous()
-        pre, post, s = ctx.branch.masks(ctx.seed, rows, lora_b)
+        pre, post, s = ctx.branch.masks(rows, lora_b)
         dh, db = expand_backward(dy_rows, h, lora_b.t(), s, post)
         dx = torch.zeros_like(rows) if needs[0] else None
         da = contract_backward(rows, dh, lora_a, s, pre, dx)
-        return dy, None if dx is None else dx.view(x.shape), da, db.t(), None, None
+        return dy, None if dx is None else dx.view(x.shape), da, db.t(), None
 
 
 def linear_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    seed: int | None,
-    branch: Branch,
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, branch: Branch
 ) -> tuple[Tensor, Tensor]:
     """Return `LoRALinearFunction`'s y, (..., out_features), and h, (tokens, dim)."""
     rows = rows_of(x)
-    pre, post, s = branch.masks(seed, rows, lora_b)
+    pre, post, s = branch.masks(rows, lora_b)
     # The narrow product comes first: it leaves x in cache for the wide one.
     h = contract(rows, lora_a, pre)
     y = plain_linear(x, weight, bias)
@@ -93,11 +87,11 @@ def linear_forward(
 
 
 def add_forward(
-    base_out: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, seed: int | None, branch: Branch
+    base_out: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, branch: Branch
 ) -> tuple[Tensor, Tensor]:
     """Return `LoRAAddFunction`'s y, (..., out_features), and h, (tokens, dim)."""
     rows = rows_of(x)
-    pre, post, s = branch.masks(seed, rows, lora_b)
+    pre, post, s = branch.masks(rows, lora_b)
     h = contract(rows, lora_a, pre)
     y = base_out.clone(memory_format=torch.contiguous_format)
     expand_(rows_of(y), h, lora_b.t(), s, post)
@@ -130,7 +124,7 @@ def _differentiable(
     x, lora_b = inputs[0], inputs[-1]
     assert x is not None and lora_b is not None
     p, kept = 0.0, None
-    for mask in branch.masks(ctx.seed, rows_of(x), lora_b)[:2]:
+    for mask in branch.masks(rows_of(x), lora_b)[:2]:
         if mask is not None:
             p, kept = 1.0 - mask.keep_probability, mask.whole().view(*x.shape[:-1], -1)
     y = formula(*inputs, branch.scale, p, branch.position, kept)

@@ -34,23 +34,23 @@ class Branch(NamedTuple):
         scale: ``alpha / dim``.
         dropout: The effective drop probability.
         position: ``"pre"`` or ``"post"``.
+        seed: Of the mask of one call; None where nothing is dropped.
     """
 
     scale: float
     dropout: float
     position: str
+    seed: int | None
 
-    def masks(
-        self, seed: int | None, x: Tensor, b: Tensor
-    ) -> tuple[SeededMask | None, SeededMask | None, float]:
+    def masks(self, x: Tensor, b: Tensor) -> tuple[SeededMask | None, SeededMask | None, float]:
         """Return the mask of x (tokens, in), that of the branch's output, and the factor of h.
 
         The factor is ``scale``, with dropout's rescaling folded in.
         """
-        if seed is None:
+        if self.seed is None:
             return None, None, self.scale
         columns = x.shape[1] if self.position == "pre" else b.shape[0]
-        mask = SeededMask(x.shape[0], columns, self.dropout, x.device, seed)
+        mask = SeededMask(x.shape[0], columns, self.dropout, x.device, self.seed)
         s = self.scale / mask.keep_probability
         return (mask, None, s) if self.position == "pre" else (None, mask, s)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from bridge.peft import low_rank
 
 #: One adapter's part of an update: A (dim, in_features), B (out_features, dim), and the scale.
 Term = tuple[Tensor, Tensor, float]
@@ -53,10 +54,8 @@ class Update:
         return self.left.ne(0).any(1) * self.right.ne(0).any(0).sum()
 
     def norm(self) -> float:
-        """Its Frobenius norm: `‖L R‖² = tr(Lᵀ L · R Rᵀ)`, two matrices of the rank's size."""
-        left, right = self.left.double(), self.right.double()
-        squared = float(((left.mT @ left) * (right @ right.mT)).sum())
-        return math.sqrt(max(squared, 0.0))
+        """Its Frobenius norm."""
+        return low_rank.norm(self.right, self.left)
 
 
 class Scratch:

@@ -29,8 +29,6 @@ class PlanRow:
         alpha: Scaling numerator.
         scale: Factor of the branch.
         dtype: Dtype of A and B.
-        trainable: Parameters of A and B together.
-        flops_per_token: Floating point operations the branch adds to one token's forward.
         path: Which path computes the layer.
         reason: Why that path.
     """
@@ -48,12 +46,12 @@ class PlanRow:
 
     @property
     def trainable(self) -> int:
-        """`dim · (in_features + out_features)`."""
+        """Parameters of A and B together."""
         return self.dim * (self.in_features + self.out_features)
 
     @property
     def flops_per_token(self) -> int:
-        """`2 · dim · (in_features + out_features)`, a multiplication and an addition each."""
+        """Multiplications and additions that the branch adds to one token's forward."""
         return 2 * self.trainable
 
 

@@ -32,7 +32,7 @@ BF16 = torch.bfloat16
         ),
         (lambda f: f.out.mkdir() or (f.out / "x").write_text(""), "out exists; pass a directory"),
         (lambda f: f.out.write_text(""), "out exists; pass a directory"),
-        (lambda f: shutil.rmtree(f.adapter), "adapter is no adapter directory"),
+        (lambda f: shutil.rmtree(f.adapter), "adapter is not an adapter directory"),
         (lambda f: f.base.chmod(0o755) or cut(f.base / "model.safetensors", -1), "is damaged"),
         (lambda f: cut(f.base / "model.safetensors", 5), "is damaged"),
         (lambda f: cut(f.base / "model.safetensors", 100), "is damaged"),

@@ -128,7 +128,7 @@ class Plan:
             f"({self.share:.3%} of the model)"
         )
         yield (
-            f"adapter file {_size(self.adapter_file_bytes)}, AdamW state "
+            f"adapter {_size(self.adapter_file_bytes)}, AdamW state "
             f"{_size(self.optimizer_bytes)}, +{self.flops_per_token:,} FLOPs per token (forward)"
         )
         if self.not_adapted:

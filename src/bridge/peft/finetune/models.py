@@ -51,7 +51,11 @@ _SAMPLED_BYTES = 256
 
 
 def load_config(name: str) -> PreTrainedConfig:
-    """Load a model's configuration from a directory or the Hub."""
+    """Load a model's configuration from a directory or the Hub.
+
+    Raises:
+        AdapterError: there is no such model, or it is not a causal language model.
+    """
     path = Path(name)
     written = "written by save_pretrained"
     if not name.strip():

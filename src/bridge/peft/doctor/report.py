@@ -30,11 +30,7 @@ class Check:
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """All checks of one check-up; prints as a table.
-
-    Attributes:
-        checks: In the order in which they were made.
-    """
+    """All checks of one check-up, in the order in which they were made; prints as a table."""
 
     checks: tuple[Check, ...]
 

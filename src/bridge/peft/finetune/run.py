@@ -46,13 +46,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a run ended.
-
-    Attributes:
-        model: the adapted model, on the device it trained on.
-        metrics: what `metrics.json` will say; None where a signal stopped the run.
-        signal: the number of that signal, or None.
-    """
+    """How a run ended: without `metrics` and with its number where a signal stopped it."""
 
     model: PreTrainedModel
     metrics: dict[str, Any] | None

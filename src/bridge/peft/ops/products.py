@@ -28,13 +28,10 @@ _BLOCK_BYTES_ON_DEVICE = 2**26
 
 
 class Branch(NamedTuple):
-    """What defines a branch beside its tensors.
+    """What defines a branch in one call, beside its tensors.
 
-    Attributes:
-        scale: ``alpha / dim``.
-        dropout: The effective drop probability.
-        position: ``"pre"`` or ``"post"``.
-        seed: Of the mask of one call; None where nothing is dropped.
+    `scale` is ``alpha / dim``, `dropout` the effective probability, `position` ``"pre"`` or ``"post"``,
+    `seed` that of the mask, or None where nothing is dropped.
     """
 
     scale: float

@@ -30,8 +30,8 @@ _BLOCK_BYTES_ON_DEVICE = 2**26
 class Branch(NamedTuple):
     """What defines a branch in one call, beside its tensors.
 
-    `scale` is ``alpha / dim``, `dropout` the effective probability, `position` ``"pre"`` or ``"post"``,
-    `seed` that of the mask, or None where nothing is dropped.
+    `scale` is ``alpha / dim``, `dropout` the effective probability, `position` ``"pre"`` or
+    ``"post"``, `seed` that of the mask, or None where nothing is dropped.
     """
 
     scale: float

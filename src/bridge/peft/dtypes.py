@@ -38,9 +38,6 @@ def sound_dtype(base_dtype: torch.dtype) -> torch.dtype:
 def parse_dtype(word: str) -> torch.dtype:
     """Turn `bfloat16` or `torch.bfloat16` into `torch.bfloat16`.
 
-    Args:
-        word: The name of a floating dtype.
-
     Raises:
         AdapterError: There is no such floating dtype.
     """
@@ -51,9 +48,5 @@ def parse_dtype(word: str) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`"bfloat16"` for `torch.bfloat16`.
-
-    Args:
-        dtype: Any dtype.
-    """
+    """`"bfloat16"` for `torch.bfloat16`."""
     return str(dtype).removeprefix("torch.")

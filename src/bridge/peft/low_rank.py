@@ -14,11 +14,6 @@ from torch import Tensor
 def truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The best approximation of `B A` of a given rank (Eckart and Young, 1936).
 
-    Args:
-        a: A, (r, in_features).
-        b: B, (out_features, r).
-        rank: At most r.
-
     Returns:
         A of shape (rank, in_features) and B of shape (out_features, rank), in the dtypes given,
         each with the square root of the singular values.
@@ -33,15 +28,7 @@ def truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def singular_values(a: Tensor, b: Tensor) -> Tensor:
-    """The singular values of `B A`, largest first, in float64.
-
-    Args:
-        a: A, (r, in_features).
-        b: B, (out_features, r).
-
-    Returns:
-        (min(r, in_features, out_features),).
-    """
+    """The min(r, in_features, out_features) singular values of `B A`, largest first, in float64."""
     r = torch.linalg.qr(b.double(), mode="r").R
     s = torch.linalg.qr(a.double().T, mode="r").R
     return torch.linalg.svdvals(r @ s.T)
@@ -51,10 +38,6 @@ def norm(a: Tensor, b: Tensor) -> float:
     """The Frobenius norm of `B A`, in float64, from two matrices of rank × rank.
 
     `‖B A‖² = tr(Aᵀ Bᵀ B A) = Σ (Bᵀ B) ∘ (A Aᵀ)`.
-
-    Args:
-        a: A, (r, in_features).
-        b: B, (out_features, r).
     """
     a, b = a.double(), b.double()
     squared = float(((b.mT @ b) * (a @ a.mT)).sum())
@@ -62,13 +45,7 @@ def norm(a: Tensor, b: Tensor) -> float:
 
 
 def kept_energy(a: Tensor, b: Tensor, rank: int) -> float:
-    """Share of the squared singular values of `B A` in the `rank` largest; 1 for a zero update.
-
-    Args:
-        a: A, (r, in_features).
-        b: B, (out_features, r).
-        rank: How many singular values.
-    """
+    """Share of the squared singular values of `B A` in the `rank` largest; 1 for a zero update."""
     if rank >= a.shape[0]:
         return 1.0
     squares = singular_values(a, b).square()
@@ -77,16 +54,7 @@ def kept_energy(a: Tensor, b: Tensor, rank: int) -> float:
 
 
 def used_rank(a: Tensor, b: Tensor, energy: float = 0.99) -> int:
-    """The smallest rank that holds `energy` of the squared singular values of `B A`.
-
-    Args:
-        a: A, (r, in_features).
-        b: B, (out_features, r).
-        energy: A share in (0, 1].
-
-    Returns:
-        A rank in [0, r]; 0 for a zero update.
-    """
+    """The smallest rank that holds `energy`, a share, of the squared singular values of `B A`."""
     squares = singular_values(a, b).square()
     total = float(squares.sum())
     if total == 0.0:
@@ -96,12 +64,7 @@ def used_rank(a: Tensor, b: Tensor, energy: float = 0.99) -> int:
 
 
 def relative_difference(pair: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
-    """`|B' A' - B A| / |B A|` in the Frobenius norm.
-
-    Args:
-        pair: A' and B'.
-        other: A and B.
-    """
+    """`|B' A' - B A| / |B A|` in the Frobenius norm, of the pairs (A', B') and (A, B)."""
     a = torch.cat([pair[0].double(), other[0].double()])
     b = torch.cat([pair[1].double(), -other[1].double()], dim=1)
     # of a small difference the singular values are exact, where `norm` loses half the digits

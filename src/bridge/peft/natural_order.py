@@ -8,9 +8,6 @@ import re
 def natural_key(name: str) -> list[tuple[int, str]]:
     """A sort key that reads the numbers in a name as numbers.
 
-    Args:
-        name: E.g. a fully qualified name.
-
     Example:
         >>> sorted(["layers.10", "layers.2"], key=natural_key)
         ['layers.2', 'layers.10']

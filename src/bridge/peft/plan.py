@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from bridge.peft.dtypes import dtype_name
 from bridge.peft.targets import Skipped
 from bridge.peft.text_table import table
 
@@ -27,8 +29,6 @@ class PlanRow:
         alpha: Scaling numerator.
         scale: Factor of the branch.
         dtype: Dtype of A and B.
-        trainable: Parameters of A and B together.
-        flops_per_token: Floating point operations the branch adds to one token's forward.
         path: Which path computes the layer.
         reason: Why that path.
     """
@@ -46,12 +46,12 @@ class PlanRow:
 
     @property
     def trainable(self) -> int:
-        """`dim · (in_features + out_features)`."""
+        """Parameters of A and B together."""
         return self.dim * (self.in_features + self.out_features)
 
     @property
     def flops_per_token(self) -> int:
-        """`2 · dim · (in_features + out_features)`, a multiplication and an addition each."""
+        """Multiplications and additions that the branch adds to one token's forward."""
         return 2 * self.trainable
 
 
@@ -125,14 +125,12 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Rows, modules not adapted and totals, ready for JSON."""
-        rows = []
-        for row in self.rows:
-            record = dataclasses.asdict(row) | {
-                "dtype": str(row.dtype).removeprefix("torch."),
-                "trainable": row.trainable,
-                "flops_per_token": row.flops_per_token,
-            }
-            rows.append(record)
+        rows = [
+            dataclasses.asdict(row)
+            | {"dtype": dtype_name(row.dtype)}
+            | {"trainable": row.trainable, "flops_per_token": row.flops_per_token}
+            for row in self.rows
+        ]
         totals = {
             "modules": len(self.rows),
             "trainable": self.trainable,
@@ -175,7 +173,7 @@ class Plan:
         if self.not_adapted:
             yield ""
             yield "not adapted:"
-            for (name, kind, reason), count in _count(
+            for (name, kind, reason), count in Counter(
                 (_starred(item.fqn), item.base_type, item.reason) for item in self.not_adapted
             ).items():
                 yield f"  {name}{_times(count)} ({kind}): {reason}"
@@ -187,13 +185,6 @@ def _starred(fqn: str) -> str:
 
 def _times(count: int) -> str:
     return f" ×{count}" if count > 1 else ""
-
-
-def _count(keys: Iterator[tuple[str, ...]]) -> dict[tuple[str, ...], int]:
-    counts: dict[tuple[str, ...], int] = {}
-    for key in keys:
-        counts[key] = counts.get(key, 0) + 1
-    return counts
 
 
 def _grouped(rows: tuple[PlanRow, ...]) -> Iterator[tuple[str, ...]]:

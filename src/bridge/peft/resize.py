@@ -47,11 +47,7 @@ class ResizeRow:
 
 @dataclass(frozen=True)
 class ResizeReport:
-    """A row per module; prints as a table.
-
-    Attributes:
-        rows: One per module, in the file's order.
-    """
+    """A row per module, in the file's order; prints as a table."""
 
     rows: tuple[ResizeRow, ...]
 
@@ -60,10 +56,11 @@ class ResizeReport:
         return {"rows": [asdict(row) for row in self.rows]}
 
     def __str__(self) -> str:
-        body = (
-            (row.fqn, str(row.old_dim), str(row.dim), f"{row.energy:.4%}", f"{_error(row):.2e}")
-            for row in self.rows
-        )
+        errors = [math.sqrt(max(0.0, 1 - row.energy)) for row in self.rows]
+        body = [
+            (row.fqn, str(row.old_dim), str(row.dim), f"{row.energy:.4%}", f"{error:.2e}")
+            for row, error in zip(self.rows, errors, strict=True)
+        ]
         head = ("module", "rank before", "rank", "energy kept", "|change|/|update|")
         lines = list(table(head, body))
         worst = min(self.rows, key=lambda row: row.energy)
@@ -108,19 +105,13 @@ def resize(adapter: AdapterFile, dim: int, *, seed: int = 0) -> tuple[AdapterFil
     for fqn, (a, b) in adapter.tensors.items():
         method = branch_settings(adapter.extra, fqn, 0.0)["lora_A_init_method"]
         tensors[fqn] = _resized(a, b, dim, method, derive_seed(seed, fqn))
-        energy = kept_energy(a, b, dim)
-        full_dim = min(a.shape[1], b.shape[0])
-        row = ResizeRow(fqn=fqn, old_dim=a.shape[0], dim=dim, energy=energy, full_dim=full_dim)
-        rows.append(row)
+        old, full, energy = a.shape[0], min(a.shape[1], b.shape[0]), kept_energy(a, b, dim)
+        rows.append(ResizeRow(fqn=fqn, old_dim=old, dim=dim, energy=energy, full_dim=full))
     rslora = adapter.parsed.use_rslora
     alphas = {fqn: alpha_for(adapter.scale(fqn), dim, rslora) for fqn in tensors}
     alpha, alpha_pattern = most_common_and_exceptions(alphas)
-    config = adapter.config | {
-        "r": dim,
-        "rank_pattern": {},
-        "lora_alpha": alpha,
-        "alpha_pattern": alpha_pattern,
-    }
+    alphas_now = {"lora_alpha": alpha, "alpha_pattern": alpha_pattern}
+    config = adapter.config | {"r": dim, "rank_pattern": {}} | alphas_now
     resized = dataclasses.replace(adapter, config=config, tensors=tensors)
     return resized, ResizeReport(tuple(rows))
 
@@ -134,7 +125,3 @@ def _resized(a: Tensor, b: Tensor, dim: int, method: str, seed: int) -> tuple[Te
     more_a = a.new_empty(missing, a.shape[1])
     initialize(more_a, method, seed)
     return torch.cat([a, more_a]), torch.cat([b, b.new_zeros(b.shape[0], missing)], dim=1)
-
-
-def _error(row: ResizeRow) -> float:
-    return math.sqrt(max(0.0, 1 - row.energy))

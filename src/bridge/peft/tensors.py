@@ -8,20 +8,12 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def is_plain(tensor: object) -> bool:
-    """Whether this is an ordinary tensor, not a subclass (sharded, torchao's, fp8).
-
-    Args:
-        tensor: Anything.
-    """
+    """Whether this is an ordinary tensor, not a subclass (sharded, torchao's, fp8)."""
     return type(tensor) in _PLAIN
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this is a DTensor, told without importing `torch.distributed.tensor`.
-
-    Args:
-        tensor: Any tensor.
-    """
+    """Whether this is a DTensor, told without importing `torch.distributed.tensor`."""
     return hasattr(tensor, "device_mesh")
 
 
@@ -29,9 +21,6 @@ def full_tensor(tensor: Tensor) -> Tensor:
     """All of a DTensor, detached; of another tensor itself, detached.
 
     Of a DTensor this is a collective: every rank must call.
-
-    Args:
-        tensor: Any tensor.
     """
     gather = getattr(tensor, "full_tensor", None)
     return (tensor if gather is None else gather()).detach()

@@ -6,12 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 
 def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> Iterator[str]:
-    """Yield the lines of a table: the head, a rule, then the rows, in columns of equal width.
-
-    Args:
-        head: The column titles.
-        body: The rows, each with as many cells as the head.
-    """
+    """Yield the lines of a table: the head, a rule, then the rows, in columns of equal width."""
     lines = [head, *body]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     for number, line in enumerate(lines):

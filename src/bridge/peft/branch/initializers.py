@@ -9,6 +9,7 @@ cut. So the numbers do not depend on the device, the dtype or how the parameter 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable
@@ -16,36 +17,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-
-def _xavier(weight: Tensor, generator: torch.Generator | None) -> None:
-    nn.init.xavier_uniform_(weight, generator=generator)
-
-
-def _uniform(weight: Tensor, generator: torch.Generator | None) -> None:
-    nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
-
-
-def _zeros(weight: Tensor, generator: torch.Generator | None) -> None:
-    weight.zero_()
-
-
-A_INITIALIZERS: dict[str, Callable[[Tensor, torch.Generator | None], None]] = {
-    "xavier": _xavier,
-    "uniform": _uniform,
+A_INITIALIZERS: dict[str, Callable[..., Tensor]] = {
+    "xavier": nn.init.xavier_uniform_,
+    "uniform": functools.partial(nn.init.kaiming_uniform_, a=math.sqrt(5)),
 }
-_INITIALIZERS = {**A_INITIALIZERS, "zeros": _zeros}
 
 
 def derive_seed(seed: int, fqn: str) -> int:
-    """Mix a run's seed with a module's name into a 63-bit seed, independent of all other modules.
-
-    Args:
-        seed: The run's seed.
-        fqn: The fully qualified name of the adapted module.
-
-    Returns:
-        An integer in [0, 2**63).
-    """
+    """Mix a run's seed with a module's name into a 63-bit seed of that module's own."""
     digest = hashlib.sha256(f"{seed}:{fqn}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
@@ -63,10 +42,13 @@ def initialize(weight: Tensor, method: str, seed: int | None = None) -> None:
     """
     if weight.device.type == "meta":
         return
+    if method == "zeros":
+        weight.zero_()
+        return
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     # Asked for by device: a `with torch.device("meta")` of the caller must not catch the draw.
     full = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
-    _INITIALIZERS[method](full, generator)
+    A_INITIALIZERS[method](full, generator=generator)
     full = full.to(weight.device, weight.dtype)
     if hasattr(weight, "device_mesh"):
         full = _shard_like(weight, full)

@@ -24,13 +24,7 @@ class LoRAMatrix(nn.Module):
         seed: Seed of the draw; None uses torch's default CPU generator.
 
     Args:
-        in_features: Width of what it is applied to.
-        out_features: Width of the result.
-        init_method: How it starts.
-        seed: Seed of the draw.
         values: (out_features, in_features), to start from instead of a draw.
-        device: Where.
-        dtype: Of the weight.
     """
 
     weight: nn.Parameter

@@ -72,11 +72,7 @@ class LoRAMixin(nn.Module):
 
     @classmethod
     def takes(cls, base_type: type[nn.Module]) -> bool:
-        """Whether this is the kind of a class of modules.
-
-        Args:
-            base_type: The class of a module before adaptation.
-        """
+        """Whether this is the kind of a class of modules."""
         return issubclass(base_type, cls.base_type)
 
     @classmethod
@@ -99,15 +95,7 @@ class LoRAMixin(nn.Module):
 
     @classmethod
     def check_copyable(cls, module: nn.Module) -> None:
-        """Raise unless a copy of `module` can be of this kind; touches nothing.
-
-        Args:
-            module: Anything.
-
-        Raises:
-            AlreadyAdaptedError: It carries an adapter or a foreign patch.
-            UnsupportedLinearError: It is not exactly of the kind's base type, or cannot be adapted.
-        """
+        """Raise unless `module` is of exactly the base type and can be copied; touches nothing."""
         check_untouched(module)
         if type(module) is not cls.base_type:
             raise UnsupportedLinearError(
@@ -119,11 +107,7 @@ class LoRAMixin(nn.Module):
 
     @classmethod
     def features(cls, module: nn.Module) -> tuple[int, int]:
-        """`(in_features, out_features)` of a module that this kind takes.
-
-        Args:
-            module: Adapted or not.
-        """
+        """`(in_features, out_features)` of a module that this kind takes."""
         return module.in_features, module.out_features  # pyright: ignore[reportReturnType]
 
     def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -212,11 +196,7 @@ class LoRAMixin(nn.Module):
         return True
 
     def oriented(self, weight: Tensor) -> Tensor:
-        """`weight` as (out_features, in_features), or back, where the base stores it transposed.
-
-        Args:
-            weight: Of the base, either way round.
-        """
+        """`weight` as (out_features, in_features), or back, where the base stores it transposed."""
         return weight.t() if self.transposed else weight
 
     @property
@@ -273,14 +253,6 @@ class LoRAMixin(nn.Module):
         """Freeze a module of this kind and give it A, B and their settings, in place.
 
         Its class stays; `branch.patch` changes that.
-
-        Args:
-            module: A module that this kind takes.
-            options: The branch's options.
-            start: A seed for A, the values of A and B, or None for torch's default CPU generator.
-
-        Raises:
-            ValueError: The base is quantised and `options.lora_dtype` is None.
         """
         weight: Tensor = module.weight  # pyright: ignore[reportAssignmentType]
         placed: dict[str, Any] = {
@@ -309,20 +281,7 @@ class LoRAMixin(nn.Module):
         lora_A_init_method: InitMethod = "xavier",
         lora_dtype: torch.dtype | None = None,
     ) -> None:
-        """Freeze `obj` and give it A, B and their settings, in place.
-
-        Args:
-            obj: A linear: a `LinearAdapter` under construction, or a module that is being patched.
-            dim: Rank of the update.
-            alpha: Scaling numerator, `scale = alpha / dim`.
-            dropout: Probability in [0, 1).
-            dropout_position: `"pre"` or `"post"`.
-            lora_A_init_method: `"xavier"` or `"uniform"`.
-            lora_dtype: Dtype of A and B; None takes the base weight's.
-
-        Raises:
-            ValueError: An option is out of range, or the base is quantised without `lora_dtype`.
-        """
+        """Freeze `obj`, a linear, and give it A, B and their settings, in place."""
         options = BranchOptions(
             dim=dim,
             alpha=alpha,
@@ -339,15 +298,7 @@ def _has_hooks(matrix: LoRAMatrix) -> bool:
 
 
 def check_untouched(module: nn.Module) -> None:
-    """Raise unless `module` is a module as its class made it.
-
-    Args:
-        module: Anything.
-
-    Raises:
-        AlreadyAdaptedError: It carries an adapter or a foreign patch.
-        UnsupportedLinearError: It is not a module.
-    """
+    """Raise unless `module` is a module as its class made it, without an adapter or a patch."""
     if not isinstance(module, nn.Module):
         raise UnsupportedLinearError(f"cannot adapt {module!r}: it is not a module; pass a linear")
     name = type(module).__name__

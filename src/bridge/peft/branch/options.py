@@ -63,8 +63,11 @@ class BranchOptions:
         p = self.dropout
         if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p < 1:
             raise AdapterError(f"dropout must be in [0, 1), got {p!r}; 0.0 turns it off")
-        _check_choice("dropout_position", self.dropout_position, ("pre", "post"))
-        _check_choice("lora_A_init_method", self.lora_A_init_method, tuple(A_INITIALIZERS))
+        choices = {"dropout_position": ("pre", "post"), "lora_A_init_method": (*A_INITIALIZERS,)}
+        for name, known in choices.items():
+            if (value := getattr(self, name)) not in known:
+                listed = ", ".join(map(repr, known))
+                raise AdapterError(f"{name} must be one of {listed}, got {value!r}")
         if self.lora_dtype is not None and self.lora_dtype not in TRAINABLE_DTYPES:
             raise AdapterError(
                 f"lora_dtype must be a trainable floating dtype, got {self.lora_dtype!r}; "
@@ -90,9 +93,3 @@ class BranchOptions:
                 "pass lora_dtype=torch.bfloat16"
             )
         return weight_dtype
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        listed = ", ".join(repr(c) for c in choices)
-        raise AdapterError(f"{name} must be one of {listed}, got {value!r}")

@@ -60,15 +60,7 @@ def take_branch_off(layer: LoRAMixin) -> None:
 
 @functools.cache
 def adapted_class(base_type: type[nn.Module]) -> type[LoRAMixin]:
-    """The adapter class over `base_type`: one per type, so that compiled graphs are shared.
-
-    Args:
-        base_type: The class of a linear before adaptation.
-
-    Returns:
-        `LinearAdapter` for `nn.Linear` itself, `TELinearAdapter` for `te.Linear`, else a class
-        that derives from its kind and from `base_type`.
-    """
+    """The adapter class over `base_type`: one per type, so that compiled graphs are shared."""
     kind = kind_of(base_type)
     assert kind is not None, base_type
     if getattr(kind, "base_type", None) is base_type:

@@ -10,46 +10,26 @@ from bridge.peft.errors import UnsupportedLinearError
 
 
 def kind_of(base_type: type[nn.Module]) -> type[LoRAMixin] | None:
-    """The kind that takes modules of a class; None if none does.
-
-    Args:
-        base_type: The class of a module, adapted or not.
-    """
+    """The kind that takes modules of a class; None if none does."""
     return next((kind for kind in KINDS if kind.takes(base_type)), None)
 
 
 def features(module: nn.Module) -> tuple[int, int]:
-    """`(in_features, out_features)` of a module that can be adapted, or is.
-
-    Args:
-        module: Of a class that some kind takes.
-    """
+    """`(in_features, out_features)` of a module that can be adapted, or is."""
     kind = kind_of(type(module))
     assert kind is not None, type(module)
     return kind.features(module)
 
 
 def check_adaptable(module: nn.Module) -> None:
-    """Raise unless `module` can be adapted as it is; touches nothing.
-
-    Args:
-        module: Any module.
-
-    Raises:
-        AlreadyAdaptedError: It carries an adapter or a foreign patch.
-        UnsupportedLinearError: It cannot be adapted; the message says why.
-    """
+    """Raise unless `module` can be adapted as it is; touches nothing."""
     check_untouched(module)
     if reason := unsupported_reason(module):
         raise UnsupportedLinearError(f"cannot adapt {type(module).__name__}: {reason}")
 
 
 def unsupported_reason(module: nn.Module) -> str | None:
-    """Say why a module that is not adapted yet cannot be, or None if it can.
-
-    Args:
-        module: Any module.
-    """
+    """Say why a module that is not adapted yet cannot be, or None if it can."""
     kind = kind_of(type(module))
     if kind is None:
         return "it is neither a torch.nn.Linear nor a transformer_engine.pytorch.Linear"

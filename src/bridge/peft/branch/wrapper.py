@@ -88,23 +88,13 @@ class AdapterWrapper(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Run the base and take its result apart.
 
-        Args:
-            x: (..., in_features).
-            *args: Passed on to the base.
-            **kwargs: Passed on to the base.
-
         Returns:
             `(linear_output, bias or None, adapter_input)`, as `split_base_result` gives them.
         """
         return split_base_result(self.to_wrap(x, *args, **kwargs), x)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's state at the wrapper's own prefix, the adapter's under `adapter.`.
-
-        Args:
-            *args: `destination`, `prefix` and `keep_vars` by position, as `nn.Module` still allows.
-            **kwargs: The same by name.
-        """
+        """The base's state at the wrapper's own prefix, the adapter's under `adapter.`."""
         kwargs.update(zip(("destination", "prefix", "keep_vars"), args, strict=False))
         prefix = kwargs.pop("prefix", "")
         kwargs["destination"] = self.to_wrap.state_dict(prefix=prefix, **kwargs)
@@ -131,13 +121,7 @@ class AdapterWrapper(nn.Module):
         sharded_offsets: tuple[Any, ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Megatron Core's distributed checkpoint: the two parts' sharded dicts, merged.
-
-        Args:
-            prefix: Put before every name.
-            sharded_offsets: Passed on to both parts.
-            metadata: Passed on to both parts.
-        """
+        """Megatron Core's distributed checkpoint: the two parts' sharded dicts, merged."""
         merged: dict[str, Any] = {}
         for part, part_prefix in ((self.to_wrap, prefix), (self.adapter, f"{prefix}adapter.")):
             sharded = part.sharded_state_dict(part_prefix, sharded_offsets, metadata)  # pyright: ignore
@@ -156,11 +140,6 @@ class LoRALinear(AdapterWrapper):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Add the adapter's output to the base's.
-
-        Args:
-            x: (..., in_features).
-            *args: Passed on to the base.
-            **kwargs: Passed on to the base.
 
         Returns:
             `(linear_output + adapter_output, bias or None)`, or the bare sum where the base

@@ -30,12 +30,6 @@ def takes_fields_of(
         skip: fields that get no flag, by parameter name.
         **groups: parameter name = dataclass. The command's parameter of that name, a dict, receives
             the fields whose flags were given, parsed to the field's type.
-
-    Returns:
-        A decorator; its result has the flags in its signature, where typer finds them.
-
-    Raises:
-        TypeError: a field of a type no flag is known for.
     """
     flags = {
         name: {

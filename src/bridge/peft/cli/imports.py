@@ -15,11 +15,7 @@ from bridge.peft.errors import MissingExtraError
 
 @contextmanager
 def finetune_imports() -> Iterator[None]:
-    """Import what only the `[finetune]` extra installs.
-
-    Raises:
-        MissingExtraError: One of its packages is not installed.
-    """
+    """Import what only the `[finetune]` extra installs, or say which package is missing."""
     try:
         with quit_on_interrupt():
             yield

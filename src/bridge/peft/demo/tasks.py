@@ -41,11 +41,7 @@ _LONGEST_ANSWER = len("one hundred seventy-seven")
 
 
 def base_model_dir() -> Path:
-    """Return the directory of the embedded base model, as `from_pretrained` wants it.
-
-    Raises:
-        FileNotFoundError: the package was installed without its model files.
-    """
+    """Return the directory of the embedded base model, as `from_pretrained` wants it."""
     directory = Path(str(files("bridge.peft.demo").joinpath("base_model")))
     if not (directory / "model.safetensors").is_file():
         raise FileNotFoundError(
@@ -55,11 +51,7 @@ def base_model_dir() -> Path:
 
 
 def number_words(number: int) -> str:
-    """Spell a number of 0 to 198 in English, for instance `one hundred forty-two`.
-
-    Raises:
-        ValueError: the number is not one a sum of two addends can give.
-    """
+    """Spell a number of 0 to 198 in English, for instance `one hundred forty-two`."""
     if not 0 <= number <= MAX_NUMBER:
         raise ValueError(f"can spell 0 to {MAX_NUMBER}, got {number}; pass a smaller number")
     if number >= 100:
@@ -72,11 +64,7 @@ def number_words(number: int) -> str:
 
 
 def questions(split: Split) -> list[tuple[int, int]]:
-    """Return every pair of addends of one split, sorted; `a+b` and `b+a` share a split.
-
-    Raises:
-        ValueError: the split is neither `train` nor `held_out`.
-    """
+    """Return every pair of addends of one split, sorted; `a+b` and `b+a` share a split."""
     if split not in ("train", "held_out"):
         raise ValueError(f"unknown split {split!r}; choose 'train' or 'held_out'")
     unordered = list(combinations_with_replacement(range(MAX_ADDEND + 1), 2))
@@ -94,9 +82,6 @@ def digit_examples(split: Split, n: int | None = None, seed: int = 0) -> list[Ex
         n: how many, drawn without repetition; None gives all of the split.
         seed: the order and choice of questions.
 
-    Returns:
-        Rows such as `{"prompt": "17+25=", "completion": "42"}`.
-
     Raises:
         ValueError: an unknown split, or an `n` below 1 or above the size of the split.
     """
@@ -104,13 +89,7 @@ def digit_examples(split: Split, n: int | None = None, seed: int = 0) -> list[Ex
 
 
 def word_examples(split: Split, n: int | None = None, seed: int = 0) -> list[Example]:
-    """Return the same sums answered in words, the task to learn with LoRA.
-
-    Args and errors are those of `digit_examples`; the same arguments give the same questions.
-
-    Returns:
-        Rows such as `{"prompt": "17+25=", "completion": "forty-two"}`.
-    """
+    """Return the same questions answered in words, the task to learn with LoRA."""
     return _examples(split, n, seed, number_words)
 
 
@@ -120,16 +99,9 @@ def exact_match(
     examples: Sequence[Example],
     batch_size: int = 512,
 ) -> tuple[float, list[str]]:
-    """Answer the prompts greedily and count the answers that equal the completion.
+    """Answer the prompts greedily; the share of right answers in 0..1, and the answers.
 
-    Args:
-        model: a causal language model; its training mode is restored afterwards.
-        tokenizer: the model's tokenizer, with a padding and an end-of-sequence token.
-        examples: rows with `prompt` and `completion`.
-        batch_size: prompts answered at once.
-
-    Returns:
-        The share of right answers in 0..1, and the answers in the order of the examples.
+    The model's training mode is restored afterwards.
 
     Raises:
         ValueError: there are no examples or the batch size is below 1.

@@ -20,8 +20,6 @@ from bridge.peft.formats.peft.fit import plan_load
 from bridge.peft.lora import LoRA
 from bridge.peft.model.walk import adapted_modules, base_modules, unwrap
 
-__all__ = ["Check", "DoctorReport", "doctor"]
-
 
 def doctor(
     model: nn.Module | None = None,

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.branch.registry import features
-from bridge.peft.doctor.report import Check, Status, some
+from bridge.peft.doctor.report import Check, some, verdict
 from bridge.peft.doctor.sample_inputs import sample_inputs
-from bridge.peft.dtypes import TRAINABLE_DTYPES
+from bridge.peft.dtypes import TRAINABLE_DTYPES, dtype_name
 from bridge.peft.errors import AdapterError
 from bridge.peft.formats.peft import read_adapter, save_adapter
 from bridge.peft.lora import adapter_state_dict
@@ -29,19 +29,14 @@ from bridge.peft.merging.report import LOST
 from bridge.peft.merging.rounding import all_finite
 from bridge.peft.model.disable import disable_adapters
 from bridge.peft.model.participation import watch_first_forward
+from bridge.peft.tensors import is_plain
 
 Layers = dict[str, LoRAMixin]
 _ROWS = 4
 
 
 def model_checks(model: nn.Module, layers: Layers, inputs: Mapping[str, Any] | None) -> list[Check]:
-    """Check an adapted model; it is left exactly as it was.
-
-    Args:
-        model: The model, not wrapped.
-        layers: Its layers that were adapted in place, by name.
-        inputs: What to run it on; None makes random ones for a model of transformers.
-    """
+    """Check an adapted model, not wrapped, that is left exactly as it was."""
     if merged := [fqn for fqn, layer in layers.items() if layer.merged]:
         fix = "unmerge(model) first"
         return [Check("state", "warn", f"merged: {some(merged, len(layers))}", fix)]
@@ -108,37 +103,30 @@ def _dtypes(layers: Layers) -> Check:
     if half:
         detail = f"A and B are float16 in {some(half, len(layers))}"
         return Check(name, "warn", detail, "train with lora_dtype=torch.float32 or torch.bfloat16")
-    names = sorted({str(m.lora_a.weight.dtype).removeprefix("torch.") for m in layers.values()})
+    names = sorted({dtype_name(m.lora_a.weight.dtype) for m in layers.values()})
     return Check(name, "pass", f"A and B are {' and '.join(names)}")
 
 
 def _devices(layers: Layers) -> Check:
-    name = "devices"
-    apart = [
-        fqn
-        for fqn, layer in layers.items()
-        if any(p.device != layer.base_weight.device for p in _ab(layer))
-    ]
-    if apart:
-        fix = "model.to(device) moves base and adapter together"
-        return Check(name, "fail", f"away from the base in {some(apart, len(layers))}", fix)
-    kinds = sorted({str(layer.base_weight.device) for layer in layers.values()})
-    return Check(name, "pass", f"A and B beside the base on {', '.join(kinds)}")
+    at = {fqn: layer.base_weight.device for fqn, layer in layers.items()}
+    apart = [fqn for fqn, m in layers.items() if any(p.device != at[fqn] for p in _ab(m))]
+    fix = "model.to(device) moves base and adapter together"
+    good = f"A and B beside the base on {', '.join(sorted(set(map(str, at.values()))))}"
+    return verdict("devices", apart, len(layers), "away from the base in", fix, good=good)
 
 
 def _finite_base(layers: Layers) -> Check:
     name = "NaN and inf in the base"
-    plain = {f: m.base_weight for f, m in layers.items() if _is_plain(m.base_weight)}
-    if bad := [fqn for fqn, weight in plain.items() if not all_finite(weight)]:
-        fix = "download or load the base model again"
-        return Check(name, "fail", f"not finite in {some(bad, len(plain))}", fix)
+    plain = {f: m.base_weight for f, m in layers.items() if _is_ordinary(m.base_weight)}
     if not plain:
         return Check(name, "skip", "the base is quantised or sharded")
-    return Check(name, "pass", f"all weights of {len(plain)} modules are finite")
+    bad = [fqn for fqn, weight in plain.items() if not all_finite(weight)]
+    fix = "download or load the base model again"
+    good = f"all weights of {len(plain)} modules are finite"
+    return verdict(name, bad, len(plain), "not finite in", fix, good=good)
 
 
 def _no_op(layers: Layers) -> Check:
-    name = "no-op at the start"
     differ: list[str] = []
     with torch.no_grad(), _b_set_to(layers, "zero"):
         for fqn, layer in layers.items():
@@ -147,14 +135,13 @@ def _no_op(layers: Layers) -> Check:
             with disable_adapters(layer):
                 if not torch.equal(with_branch, _first(layer(x))):
                     differ.append(fqn)
-    if differ:
-        detail = f"with B = 0 the output is not the base's in {some(differ, len(layers))}"
-        return Check(name, "fail", detail, "the base's forward is not deterministic in evaluation")
-    return Check(name, "pass", "with B = 0 every layer gives its base's output, bit for bit")
+    fix = "the base's forward is not deterministic in evaluation"
+    good = "with B = 0 every layer gives its base's output, bit for bit"
+    found = "with B = 0 the output is not the base's in"
+    return verdict("no-op at the start", differ, len(layers), found, fix, good=good)
 
 
 def _gradients(layers: Layers) -> Check:
-    name = "gradients of the layers"
     missing: list[str] = []
     with torch.enable_grad(), _b_set_to(layers, "random"):
         for fqn, layer in layers.items():
@@ -164,10 +151,9 @@ def _gradients(layers: Layers) -> Check:
                 torch.autograd.grad(loss, _ab(layer), allow_unused=True)
             ):
                 missing.append(fqn)
-    if missing:
-        detail = f"A or B gets none in {some(missing, len(layers))}"
-        return Check(name, "fail", detail, "its forward is bypassed or detached")
-    return Check(name, "pass", f"reach A and B of all {len(layers)} modules")
+    fix, good = "its forward is bypassed or detached", f"reach A and B of all {len(layers)} modules"
+    found = "A or B gets none in"
+    return verdict("gradients of the layers", missing, len(layers), found, fix, good=good)
 
 
 def _all_of_the_model(model: nn.Module, layers: Layers, inputs: Mapping[str, Any] | None) -> Check:
@@ -212,15 +198,17 @@ def _save_and_load(model: nn.Module) -> Check:
             again = read_adapter(save_adapter(model, Path(directory)))
         except AdapterError as error:
             return Check(name, "fail", str(error), "this model cannot be saved as it is")
-    loaded = {f"{fqn}.lora_{x}.weight".lstrip("."): t for fqn, ab in again.tensors.items()
-              for x, t in zip("ab", ab, strict=True)}  # fmt: skip
+    loaded = {
+        f"{fqn}.lora_{which}.weight".lstrip("."): tensor
+        for fqn, pair in again.tensors.items()
+        for which, tensor in zip("ab", pair, strict=True)
+    }
     state = adapter_state_dict(model)
-    same = loaded.keys() == state.keys() and all(
-        torch.equal(loaded[key], tensor.cpu()) for key, tensor in state.items()
-    )
-    status: Status = "pass" if same else "fail"
-    detail = "every tensor and scale comes back bit for bit" if same else "tensors differ"
-    return Check(name, status, detail, "" if same else "please report this with the model's name")
+    if loaded.keys() == state.keys() and all(
+        torch.equal(loaded[k], t.cpu()) for k, t in state.items()
+    ):
+        return Check(name, "pass", "every tensor and scale comes back bit for bit")
+    return Check(name, "fail", "tensors differ", "please report this with the model's name")
 
 
 def _merge_forecast(layers: Layers) -> Check:
@@ -228,28 +216,25 @@ def _merge_forecast(layers: Layers) -> Check:
     whole = {f: m for f, m in layers.items() if _is_mergeable(m)}
     if not whole:
         return Check(name, "skip", "the base weights are quantised, sharded, computed or on meta")
-    lost, worst = [], 0.0
-    for fqn, layer in whole.items():
-        weight = layer.oriented(layer.base_weight)
-        _, row = merge_weight(weight, *_ab(layer), layer.scale, fqn=fqn)
-        worst = max(worst, row.unchanged)
-        if row.unchanged > LOST:
-            lost.append(fqn)
-    if lost:
-        detail = f"rounding would lose more than half of the update in {some(lost, len(whole))}"
-        return Check(name, "warn", detail, "serve unmerged, or merge into float32 weights")
-    return Check(name, "pass", f"rounding would leave at most {worst:.1%} of a layer unchanged")
+    unchanged = {
+        f: merge_weight(m.oriented(m.base_weight), *_ab(m), m.scale)[1].unchanged
+        for f, m in whole.items()
+    }
+    lost = [fqn for fqn, share in unchanged.items() if share > LOST]
+    fix = "serve unmerged, or merge into float32 weights"
+    good = f"rounding would leave at most {max(unchanged.values()):.1%} of a layer unchanged"
+    found = "rounding would lose more than half of the update in"
+    return verdict(name, lost, len(whole), found, fix, good=good, status="warn")
 
 
 def _is_mergeable(layer: LoRAMixin) -> bool:
-    own = "weight" in layer._parameters and _is_plain(layer.base_weight) and layer.is_linear()
-    return own and all(bool(torch.isfinite(p).all()) for p in _ab(layer))
+    own = "weight" in layer._parameters and _is_ordinary(layer.base_weight) and layer.is_linear()
+    return own and all(map(all_finite, _ab(layer)))
 
 
-def _is_plain(weight: Tensor) -> bool:
-    """Whether the weight is an ordinary tensor, not quantised, sharded or on `meta`."""
-    kind = type(weight) in (Tensor, nn.Parameter) and weight.dtype in TRAINABLE_DTYPES
-    return kind and not weight.is_meta
+def _is_ordinary(weight: Tensor) -> bool:
+    """Whether a weight is not quantised, sharded or on `meta`."""
+    return is_plain(weight) and weight.dtype in TRAINABLE_DTYPES and not weight.is_meta
 
 
 def _ab(layer: LoRAMixin) -> tuple[nn.Parameter, nn.Parameter]:

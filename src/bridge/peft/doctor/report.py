@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from bridge.peft.text_table import table
 
@@ -30,11 +30,7 @@ class Check:
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """All checks of one check-up; prints as a table.
-
-    Attributes:
-        checks: In the order in which they were made.
-    """
+    """All checks of one check-up, in the order in which they were made; prints as a table."""
 
     checks: tuple[Check, ...]
 
@@ -51,27 +47,29 @@ class DoctorReport:
         return {"healthy": self.healthy, "checks": [asdict(check) for check in self.checks]}
 
     def __str__(self) -> str:
-        return "\n".join(self._lines())
-
-    def _lines(self) -> Iterator[str]:
         rows = [(check.status.upper(), check.name, check.detail) for check in self.checks]
-        yield from table(("", "check", "found"), rows)
-        for check in self.checks:
-            if check.fix:
-                yield f"{check.name}: {check.fix}"
-        counts = {
-            status: sum(check.status == status for check in self.checks)
-            for status in ("pass", "warn", "fail", "skip")
-        }
-        yield ""
-        yield ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+        fixes = [f"{check.name}: {check.fix}" for check in self.checks if check.fix]
+        counts = Counter(check.status for check in self.checks)
+        summary = ", ".join(f"{counts[s]} {s}" for s in get_args(Status) if counts[s])
+        return "\n".join([*table(("", "check", "found"), rows), *fixes, "", summary])
+
+
+def verdict(
+    name: str,
+    bad: list[str],
+    total: int,
+    found: str,
+    fix: str,
+    *,
+    good: str,
+    status: Status = "fail",
+) -> Check:
+    """A check that passes, saying `good`, unless it found something bad in some of the modules."""
+    if bad:
+        return Check(name, status, f"{found} {some(bad, total)}", fix)
+    return Check(name, "pass", good)
 
 
 def some(names: list[str], total: int) -> str:
-    """`"3 of 28 (first: model.layers.0.….q_proj)"`.
-
-    Args:
-        names: What was found, at least one.
-        total: Out of how many.
-    """
+    """`"3 of 28 (first: model.layers.0.….q_proj)"`."""
     return f"{len(names)} of {total} (first: {names[0]})"

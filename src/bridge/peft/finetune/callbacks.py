@@ -24,13 +24,10 @@ _ECHO_SECONDS = 0.5  # torchrun passes on to its workers what the terminal has s
 
 
 class StopOnSignal(TrainerCallback):
-    """Stop after the current step, with a checkpoint, on Ctrl-C or SIGTERM.
+    """Stop after the current step, with a checkpoint, on Ctrl-C or SIGTERM; at once on a second.
 
-    A context manager: the handlers are in place inside it only. A second signal stops at once.
-
-    Attributes:
-        received: the signal's number, or None.
-        stopped: whether training was cut short by it.
+    The handlers are in place inside the context only. `received` is the signal's number, or None;
+    `stopped` says whether training was cut short by it.
     """
 
     def __init__(self, console: Console) -> None:
@@ -79,11 +76,7 @@ class StopOnNan(TrainerCallback):
     """End a run whose loss is not a number any more: every later checkpoint would hold NaN."""
 
     def on_log(self, args: Any, state: TrainerState, control: Any, *, logs: Any, **_: Any) -> None:
-        """Raise.
-
-        Raises:
-            AdapterError: the training or evaluation loss is NaN or infinite.
-        """
+        """Raise where the training or evaluation loss is NaN or infinite."""
         for key, name in (("loss", "loss"), ("eval_loss", "evaluation loss")):
             value = float(logs.get(key, 0.0))
             if not math.isfinite(value):
@@ -101,16 +94,10 @@ class ShowProgress(TrainerCallback):
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        columns = (
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
-            TimeRemainingColumn(),
-        )
-        self._bar = Progress(
-            *columns, console=console, transient=True, disable=not console.is_terminal
-        )
+        loss = TextColumn("loss {task.fields[loss]}")
+        columns = ("training", BarColumn(), MofNCompleteColumn(), loss, TimeRemainingColumn())
+        plain = not console.is_terminal
+        self._bar = Progress(*columns, console=console, transient=True, disable=plain)
         self._task = self._bar.add_task("", loss="-")
         self._loss = ""
         self._started = time.perf_counter()

@@ -33,8 +33,7 @@ def train_demo(
 ) -> int:
     """Train the demo, measure before and after, and check the figures it promises.
 
-    Returns:
-        0 if every figure holds, 1 if one does not (it is named), 128 + N if signal N stopped it.
+    Returns 0 if all hold, 1 if one does not (it is named), 128 + N if signal N stopped it.
     """
     started = time.perf_counter()
     # So small a model gains nothing from more threads, and loses much where cores are busy.

@@ -18,16 +18,7 @@ _FULL_WORDS = ("No space left", "inline_container.cc", "iostream error")
 
 
 def check_disk_space(plan: Plan, output: Path, *, keep: int) -> None:
-    """Check that the kept checkpoints, one more being written and the final adapter fit.
-
-    Args:
-        plan: of the recipe to train.
-        output: where the run writes; its checkpoints count as written already.
-        keep: checkpoints kept.
-
-    Raises:
-        AdapterError: they do not.
-    """
+    """Check that the kept checkpoints, one more being written and the final adapter fit."""
     more = max(keep + 1 - len(checkpoints(output)), 1)
     needed = more * (plan.adapter_file_bytes + plan.optimizer_bytes) + plan.adapter_file_bytes
     existing = next(path for path in (output, *output.absolute().parents) if path.is_dir())
@@ -43,11 +34,7 @@ def check_disk_space(plan: Plan, output: Path, *, keep: int) -> None:
 
 @contextmanager
 def disk_full_told(output: Path) -> Iterator[None]:
-    """Turn a full disk, wherever it is met inside, into one error that says what was kept.
-
-    Raises:
-        AdapterError: the disk is full.
-    """
+    """Turn a full disk, wherever it is met inside, into one error that says what was kept."""
     try:
         yield
     except Exception as error:

@@ -78,16 +78,7 @@ def load_config(name: str) -> PreTrainedConfig:
 def meta_model(
     config: PreTrainedConfig, name: str, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """Build the model on meta: every module and shape, no weight.
-
-    Args:
-        config: as `load_config` gives it.
-        name: of the model; only for the message.
-        dtype: of the parameters; None takes the configuration's own.
-
-    Raises:
-        AdapterError: transformers knows no causal language model for this configuration.
-    """
+    """Build the model on meta: every module and shape, no weight; `dtype=None` takes its own."""
     with torch.device("meta"):
         try:
             return AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)
@@ -99,11 +90,7 @@ def meta_model(
 
 
 def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a model's weights in `dtype`.
-
-    Raises:
-        AdapterError: the weights are missing, damaged or do not fit the configuration.
-    """
+    """Load a model's weights in `dtype`."""
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     try:
@@ -125,11 +112,7 @@ def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def load_tokenizer(name: str) -> Any:
-    """Load a model's tokenizer.
-
-    Raises:
-        AdapterError: there is none.
-    """
+    """Load a model's tokenizer."""
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # tokenizer files fail in as many ways as there are formats

@@ -98,13 +98,7 @@ def flag(name: str) -> str:
 
 
 def total_steps(options: TrainingOptions, samples: int, *, devices: int) -> int:
-    """Count the optimizer steps of a run; the trainer is told this number and counts none itself.
-
-    Args:
-        options: How to train.
-        samples: To train on.
-        devices: How many train side by side, each on batches of its own.
-    """
+    """Count the optimizer steps of a run; the trainer is told and counts none itself."""
     if options.steps is not None:
         return options.steps
     batches = math.ceil(samples / (options.batch_size * devices))

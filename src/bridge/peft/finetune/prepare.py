@@ -42,11 +42,6 @@ class Prepared:
     Attributes:
         spec: the run, with the dtype of A and B that will be trained.
         dtype: of the base weights.
-        tokenizer: of the model.
-        train: samples to learn.
-        evaluation: samples to evaluate on; may be empty.
-        plan: what will be adapted.
-        steps: optimizer steps of the run.
         digests: of the data, by name.
         notes: lines that tell what was decided for the user.
     """
@@ -63,11 +58,7 @@ class Prepared:
 
 
 def prepare(spec: RunSpec) -> Prepared:
-    """Read and check the data, the model's configuration and the recipe; writes nothing.
-
-    Raises:
-        AdapterError: any of the things a user can fix.
-    """
+    """Read and check the data, the model's configuration and the recipe; writes nothing."""
     train_rows, eval_rows = _rows(spec)
     options, dtype = spec.options, base_dtype(spec.options)
     config = load_config(spec.model)
@@ -111,11 +102,7 @@ def prepare(spec: RunSpec) -> Prepared:
 
 
 def base_dtype(options: TrainingOptions) -> torch.dtype:
-    """Return the dtype the base weights are loaded in.
-
-    Raises:
-        AdapterError: float16 on a machine that cannot train in it.
-    """
+    """Return the dtype the base weights are loaded in."""
     on_cuda = torch.cuda.is_available()
     if options.dtype == "float16" and not on_cuda:
         raise AdapterError("--dtype float16 trains on CUDA only; pass bfloat16 or float32")

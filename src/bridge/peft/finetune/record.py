@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import shlex
 import shutil
@@ -21,11 +20,13 @@ from bridge.peft import LoRA
 from bridge.peft.dtypes import dtype_name, parse_dtype
 from bridge.peft.errors import AdapterError
 from bridge.peft.finetune.options import FREE_ON_RESUME, TrainingOptions, flag
+from bridge.peft.formats.files.atomic import replace_file
 
 RECORD = "run.json"
+METRICS = "metrics.json"  # written last
 PARTIAL = ".partial"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_OURS = {RECORD, "metrics.json", "loss.png", "logs"}
+_OURS = {RECORD, METRICS, "loss.png", "logs"}
 _OUR_PREFIXES = ("adapter_", "bridge_adapter", ".adapter", ".partial", ".run.json", ".metrics.json")
 
 
@@ -33,15 +34,8 @@ _OUR_PREFIXES = ("adapter_", "bridge_adapter", ".adapter", ".partial", ".run.jso
 class RunSpec:
     """What a run trains, on what and how; `digests` and `world_size` are known once it starts.
 
-    Attributes:
-        model: Directory (absolute) or Hub id of the base model.
-        data: JSONL file (absolute); empty for the demo.
-        eval_data: JSONL file (absolute), or None to hold out a share of the data.
-        demo: Whether this is the embedded demo.
-        lora: The recipe.
-        options: How to train.
-        digests: Of the base model, the data and the evaluation data.
-        world_size: Processes that train together.
+    Model and files are absolute paths, or the model a Hub id; `data` is empty for the demo, and
+    without `eval_data` a share of the data is held out.
     """
 
     model: str
@@ -62,11 +56,7 @@ class RunSpec:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> RunSpec:
-        """Rebuild a record.
-
-        Raises:
-            AdapterError: a value that no record holds.
-        """
+        """Rebuild a record."""
         values = dict(record)
         lora = dict(values.pop("lora"))
         if lora.get("lora_dtype") is not None:
@@ -76,11 +66,7 @@ class RunSpec:
 
 
 def existing_run(output: Path) -> RunSpec | None:
-    """Return the record of the run that `output` holds; None if it is free.
-
-    Raises:
-        AdapterError: `output` is a file, holds other files, or its record cannot be read.
-    """
+    """Return the record of the run that `output` holds; None if it is free."""
     if output.exists() and not output.is_dir():
         raise AdapterError(f"{output} is a file; pass a directory with --output")
     if not output.is_dir() or not any(output.iterdir()):
@@ -101,19 +87,17 @@ def existing_run(output: Path) -> RunSpec | None:
 def write_record(output: Path, spec: RunSpec) -> None:
     """Write `run.json`, in one step."""
     output.mkdir(parents=True, exist_ok=True)
-    write_atomically(output / RECORD, json.dumps(spec.to_json(), indent=2) + "\n")
+    write_json(output / RECORD, spec.to_json())
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file in one step: a reader sees the old text or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write JSON in one step: a reader sees the old file or the new one."""
+    replace_file(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def is_finished(output: Path) -> bool:
-    """Say whether the run in `output` came to its end: the metrics are written last."""
-    return (output / "metrics.json").is_file()
+    """Say whether the run in `output` came to its end."""
+    return (output / METRICS).is_file()
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -127,11 +111,7 @@ def checkpoints(output: Path) -> list[Path]:
 
 
 def checkpoint_to_resume(output: Path, processes: int) -> Path:
-    """Return the newest checkpoint, checked to hold what `processes` processes need.
-
-    Raises:
-        AdapterError: somebody removed one of its files.
-    """
+    """Return the newest checkpoint, checked to hold what `processes` processes need."""
     *older, newest = checkpoints(output)
     states = [f"rng_state_{i}.pth" for i in range(processes)] if processes > 1 else []
     names = ["adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt"]
@@ -159,16 +139,7 @@ def clear_run(output: Path) -> None:
 
 
 def continue_spec(recorded: RunSpec, asked: Mapping[str, Any]) -> RunSpec:
-    """Return the recorded run with the few options that may change on the way.
-
-    Args:
-        recorded: from `run.json`.
-        asked: what was given on the command line: `model`, `data`, `eval_data`, fields of the
-            recipe and of the options, in one mapping.
-
-    Raises:
-        AdapterError: a given value differs from the run's own.
-    """
+    """Return the recorded run with the few options that may change on the way."""
     options = recorded.options
     for name, value in asked.items():
         if name in FREE_ON_RESUME:
@@ -188,11 +159,7 @@ def continue_spec(recorded: RunSpec, asked: Mapping[str, Any]) -> RunSpec:
 
 
 def check_same_run(recorded: RunSpec, now: RunSpec, output: Path) -> None:
-    """Check that model, data and processes are still those the run began with.
-
-    Raises:
-        AdapterError: one of them is not.
-    """
+    """Check that model, data and processes are still those the run began with."""
     for what, digest in recorded.digests.items():
         if now.digests.get(what) != digest:
             raise AdapterError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import resource
 import shlex
@@ -20,7 +19,6 @@ from rich.table import Table
 
 from bridge.peft.dtypes import dtype_name
 from bridge.peft.finetune.prepare import Prepared
-from bridge.peft.finetune.record import write_atomically
 from bridge.peft.finetune.trainer import AdapterTrainer
 from bridge.peft.version import __version__
 
@@ -33,11 +31,7 @@ def run_metrics(
 ) -> dict[str, Any]:
     """Return losses, speed and sizes; a resumed run's speed is that of the steps since.
 
-    Args:
-        trainer: after training.
-        prepared: the data and the plan.
-        output: where the adapter lies.
-        seconds: this process trained and evaluated for; the speed leaves evaluation out.
+    This process trained and evaluated for `seconds`; the speed leaves evaluation out.
     """
     state, before = trainer.state, trainer.before
     _, losses = loss_points(state.log_history, "loss")
@@ -85,11 +79,6 @@ def peak_memory_bytes() -> int:
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def write_metrics(output: Path, metrics: dict[str, Any]) -> None:
-    """Write `metrics.json`, in one step: it marks the run as finished."""
-    write_atomically(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
 
 
 def plot_loss(history: list[dict[str, Any]], path: Path) -> None:

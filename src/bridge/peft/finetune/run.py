@@ -17,15 +17,17 @@ from bridge.peft.finetune.disk import check_disk_space, disk_full_told
 from bridge.peft.finetune.models import load_model, model_digest, quiet, quiet_imports
 from bridge.peft.finetune.prepare import Prepared, prepare
 from bridge.peft.finetune.record import (
+    METRICS,
     RunSpec,
     check_same_run,
     checkpoint_to_resume,
     checkpoints,
     clear_run,
     resume_command,
+    write_json,
     write_record,
 )
-from bridge.peft.finetune.report import plot_loss, print_summary, run_metrics, write_metrics
+from bridge.peft.finetune.report import plot_loss, print_summary, run_metrics
 from bridge.peft.finetune.samples import Sample
 from bridge.peft.finetune.trainer import (
     AdapterTrainer,
@@ -43,13 +45,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a run ended.
-
-    Attributes:
-        model: the adapted model, on the device it trained on.
-        metrics: what `metrics.json` will say; None where a signal stopped the run.
-        signal: the number of that signal, or None.
-    """
+    """How a run ended: without `metrics` and with its number where a signal stopped it."""
 
     model: PreTrainedModel
     metrics: dict[str, Any] | None
@@ -72,15 +68,8 @@ def train(
 ) -> Outcome:
     """Train, from the newest checkpoint where `resume`, and leave the adapter in `output`.
 
-    Args:
-        spec: the run; a resumed one with the digests it began with.
-        output: where everything goes.
-        console: for what the user should see.
-        resume: continue the run in `output`.
-        overwrite: remove the run that `output` holds, once all checks have passed.
-
-    Raises:
-        AdapterError: anything the user can fix; nothing was written then.
+    With `overwrite` a run in the way is removed, once all checks have passed; nothing is written
+    where one fails.
     """
     prepared = _prepare(spec, output)
     for note in prepared.notes:
@@ -102,17 +91,13 @@ def train(
 
 
 def finish(spec: RunSpec, outcome: Outcome, output: Path, console: Console) -> int:
-    """Write `metrics.json`, which marks a run as finished, and print the summary.
-
-    Returns:
-        0; where a signal stopped the run, 128 + its number, after a line on how to resume.
-    """
+    """Write `metrics.json`, which marks a run as finished, and print the summary; the exit code."""
     if outcome.metrics is None:
         assert outcome.signal is not None
         _say_how_to_resume(output, console)
         return 128 + outcome.signal
     if PartialState().is_main_process:
-        write_metrics(output, outcome.metrics)
+        write_json(output / METRICS, outcome.metrics)
     print_summary(console, output, outcome.metrics, spec.model)
     return 0
 

@@ -31,14 +31,8 @@ class AdapterTrainer(SFTTrainer):
 
     `checkpoint-N` holds the adapter's files, the optimizer, the schedule, the random states and the
     trainer's state. It is written under `.partial` and renamed when nothing is missing, so a
-    process killed at any moment leaves the newest complete checkpoint as it was.
-
-    Args:
-        keep: newest checkpoints kept.
-        **kwargs: what `SFTTrainer` takes.
-
-    Attributes:
-        before: the state this process started from.
+    process killed at any moment leaves the newest complete checkpoint as it was. The newest `keep`
+    stay; `before` is the state that this process started from.
     """
 
     model: Any  # never None here
@@ -51,11 +45,7 @@ class AdapterTrainer(SFTTrainer):
         self._writing_to = self._root
 
     def train_from(self, checkpoint: Path | None) -> None:
-        """Train from a checkpoint, or from the start; of a run's last checkpoint, just take over.
-
-        Args:
-            checkpoint: as `checkpoint_to_resume` gives it.
-        """
+        """Train from a checkpoint, or the start; of a run's last checkpoint, just take over."""
         if checkpoint is not None:
             self.before = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
             if self.before.global_step >= self.args.max_steps:
@@ -114,10 +104,7 @@ def not_cast_by_trl(model: nn.Module) -> Iterator[None]:
 def trainer_config(prepared: Prepared, output: Path, *, resumed: bool) -> SFTConfig:
     """Translate our options into TRL's.
 
-    Args:
-        prepared: the run; half types train under autocast.
-        output: where checkpoints and logs go.
-        resumed: a resumed run has its evaluation before training in its history already.
+    A resumed run has its evaluation before training in its history already.
     """
     options, dtype, steps = prepared.spec.options, prepared.dtype, prepared.steps
     evaluate = bool(prepared.evaluation)

@@ -54,8 +54,7 @@ def merge_weight(
         lora_a: A, (dim, in_features).
         lora_b: B, (out_features, dim).
         scale: Factor of the branch.
-        compute_dtype: Dtype of the computation, float32 or float64; float64 weights always take
-            float64.
+        compute_dtype: float32 or float64; float64 weights always take float64.
         fqn: Name for the report.
 
     Returns:

@@ -36,13 +36,7 @@ class MergeRow:
 
     @classmethod
     def of(cls, fqn: str, rounding: Rounding, *, norm: float) -> Self:
-        """The row of one merged layer.
-
-        Args:
-            fqn: Fully qualified name.
-            rounding: The statistics of its rows.
-            norm: Frobenius norm of the update.
-        """
+        """The row of one merged layer; `norm` is the Frobenius norm of its update."""
         meant, base = int(rounding.meant), math.sqrt(float(rounding.squares))
         return cls(
             fqn=fqn,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from bridge.peft import low_rank
 
 #: One adapter's part of an update: A (dim, in_features), B (out_features, dim), and the scale.
 Term = tuple[Tensor, Tensor, float]
@@ -23,9 +24,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Update:
     """`Σ scale · B A` as one product of two thin factors, the way round the weight is stored.
 
-    Attributes:
-        left: (rows, total rank).
-        right: (total rank, columns).
+    `left` is (rows, total rank), `right` (total rank, columns).
     """
 
     left: Tensor
@@ -40,13 +39,9 @@ class Update:
         device: torch.device | str = "cpu",
         transposed: bool = False,
     ) -> Update:
-        """Stack the factors of one or several adapters.
+        """Stack the factors of one or several adapters, to compute in `dtype` on `device`.
 
-        Args:
-            terms: A, B and scale of each.
-            dtype: Dtype of the computation.
-            device: Where to compute.
-            transposed: The weight is stored as (in_features, out_features).
+        `transposed`: the weight is stored as (in_features, out_features).
         """
         terms = [(a.detach(), b.detach(), scale) for a, b, scale in terms]
         b = torch.cat([b.to(device, dtype) * scale for _, b, scale in terms], dim=1)
@@ -54,15 +49,13 @@ class Update:
         return cls(a.mT, b.mT) if transposed else cls(b, a)
 
     @cached_property
-    def changing_columns(self) -> int:
-        """How many columns it changes: those where the right factor is not all zero."""
-        return int(self.right.ne(0).any(0).sum())
+    def changing(self) -> Tensor:
+        """How many weights of each row it is to change: none where a factor is all zero."""
+        return self.left.ne(0).any(1) * self.right.ne(0).any(0).sum()
 
     def norm(self) -> float:
-        """Its Frobenius norm: `‖L R‖² = tr(Lᵀ L · R Rᵀ)`, two matrices of the rank's size."""
-        left, right = self.left.double(), self.right.double()
-        squared = float(((left.mT @ left) * (right @ right.mT)).sum())
-        return math.sqrt(max(squared, 0.0))
+        """Its Frobenius norm."""
+        return low_rank.norm(self.right, self.left)
 
 
 class Scratch:
@@ -74,10 +67,7 @@ class Scratch:
     def like(self, slot: str, block: Tensor, dtype: torch.dtype) -> Tensor:
         """A contiguous buffer of the shape and on the device of `block`, not initialised.
 
-        Args:
-            slot: Its name; two slots never share memory.
-            block: What gives shape and device.
-            dtype: Its dtype.
+        Two slots never share memory.
         """
         key = (slot, dtype, block.device)
         flat = self._flat.get(key)
@@ -86,13 +76,11 @@ class Scratch:
         return flat[: block.numel()].view(block.shape)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Rounding:
     """What rounding did to some rows; 0-dim tensors, so that a GPU need not wait for the CPU.
 
     Attributes:
-        total: Sum of the stored weights of all rows; finite unless one of them is not, or it
-            overflows.
         max_error: Largest `|stored - exact|`.
         sum_error: Sum of it.
         changed: How many stored weights differ from the base's, rounded to the same dtype.
@@ -101,7 +89,6 @@ class Rounding:
         count: How many weights these are.
     """
 
-    total: Tensor
     max_error: Tensor
     sum_error: Tensor
     changed: Tensor
@@ -113,11 +100,15 @@ class Rounding:
     def none(cls, device: torch.device | str = "cpu") -> Rounding:
         """The rounding of no rows."""
         zero = torch.zeros((), dtype=torch.float64, device=device)
-        return cls(zero, zero, zero, zero.long(), zero.long(), zero, 0)
+        return cls(zero, zero, zero.long(), zero.long(), zero, 0)
+
+    @property
+    def total(self) -> Tensor:
+        """Finite unless a stored weight is not, or it overflows."""
+        return self.sum_error
 
     def __add__(self, other: Rounding) -> Rounding:
         return Rounding(
-            self.total + other.total,
             torch.maximum(self.max_error, other.max_error),
             self.sum_error + other.sum_error,
             self.changed + other.changed,
@@ -128,13 +119,7 @@ class Rounding:
 
 
 def row_blocks(rows: int, columns: int, device: torch.device | str = "cpu") -> Iterator[slice]:
-    """Cut a matrix into blocks of whole rows.
-
-    Args:
-        rows: Its rows.
-        columns: Its columns.
-        device: Where it is; a GPU takes larger blocks.
-    """
+    """Cut a matrix into blocks of whole rows; a GPU takes larger ones."""
     elements = _BLOCK.get(torch.device(device).type, _BLOCK_ON_DEVICE)
     step = max(1, elements // max(columns, 1))
     for start in range(0, rows if columns else 0, step):
@@ -159,55 +144,43 @@ def merge_rows(
     left = update.left[rows]
     exact = scratch.like("exact", weight, left.dtype).copy_(weight)
     squares = torch.linalg.vector_norm(exact).double().square()
+    error = scratch.like("error", weight, left.dtype)
     if out.dtype.itemsize < left.dtype.itemsize:
         exact.addmm_(left, update.right)
         out.copy_(exact)
-        error = scratch.like("error", out, left.dtype).copy_(out).sub_(exact)
+        error.copy_(out).sub_(exact)
     else:
-        added = torch.mm(left, update.right, out=scratch.like("update", weight, left.dtype))
-        error = _sum_and_its_error(exact, added, out)
+        _add_exactly(exact, torch.mm(left, update.right, out=error), out)
     error.abs_()
     return Rounding(
-        total=sum_of(out).double(),
-        max_error=error.amax().double(),
-        sum_error=error.sum().double(),
+        max_error=error.amax(),
+        sum_error=error.sum(),
         changed=_count_changed(weight, out, scratch),
-        meant=left.ne(0).any(1).sum() * update.changing_columns,
+        meant=update.changing[rows].sum(),
         squares=squares,
         count=error.numel(),
     )
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds no NaN and no inf; forty times as fast as to look at each value.
-
-    Args:
-        tensor: A tensor of a floating dtype.
-    """
+    """Whether a tensor holds no NaN and no inf; forty times as fast as to look at each value."""
     # a sum with NaN or inf in it is never finite; one that overflows needs the closer look
-    return bool(sum_of(tensor).isfinite()) or bool(tensor.isfinite().all())
-
-
-def sum_of(tensor: Tensor) -> Tensor:
-    """The sum of a tensor, in a dtype that it does not easily overflow.
-
-    Args:
-        tensor: A tensor of a floating dtype.
-    """
-    return tensor.sum(dtype=torch.float32 if tensor.dtype == torch.float16 else None)
+    total = tensor.sum(dtype=torch.float32 if tensor.dtype == torch.float16 else None)
+    return bool(total.isfinite()) or bool(tensor.isfinite().all())
 
 
 def _count_changed(weight: Tensor, merged: Tensor, scratch: Scratch) -> Tensor:
     """How many weights differ from the base's; bits are compared, which is faster than numbers."""
     before = weight if weight.dtype == merged.dtype else weight.to(merged.dtype)
     integer = _INTEGERS[merged.dtype.itemsize]
-    differing = scratch.like("bits", merged, integer)
-    torch.bitwise_xor(before.view(integer), merged.view(integer), out=differing)
-    return torch.count_nonzero(differing)
+    differing = scratch.like("differing", merged, integer)
+    torch.ne(before.view(integer), merged.view(integer), out=differing)
+    # counts along the shorter side of a block fit any integer, and no other is made for them
+    return differing.sum(int(merged.shape[0] > merged.shape[1]), dtype=integer).sum()
 
 
-def _sum_and_its_error(base: Tensor, update: Tensor, out: Tensor) -> Tensor:
-    """Write `base + update` into `out`; return exactly what rounding to its dtype took away.
+def _add_exactly(base: Tensor, update: Tensor, out: Tensor) -> None:
+    """Write `base + update` into `out`, and what rounding to its dtype took away into `update`.
 
     Where `out` is no narrower than the computation, the exact sum is not at hand to compare with,
     but its error is a float: Knuth's TwoSum (The Art of Computer Programming, vol. 2, 4.2.2).
@@ -215,4 +188,4 @@ def _sum_and_its_error(base: Tensor, update: Tensor, out: Tensor) -> Tensor:
     total = base + update
     out.copy_(total)
     virtual = total - base
-    return (base - (total - virtual)).add_(update - virtual)
+    update.sub_(virtual).add_(base - (total - virtual))

@@ -64,9 +64,6 @@ def choose_path(
             x and all weights; ahead of it the weights alone. Not the weight of another base.
         plain_linear: Whether the base is ``F.linear(x, weight, bias)`` and nothing else.
         trains_a_and_b: Whether both A and B want gradients, or gradients are off altogether.
-
-    Returns:
-        The path, with its reason.
     """
     for t in tensors:
         if t is not None and not is_plain(t):
@@ -96,15 +93,7 @@ def lora_linear(
 ) -> Tensor:
     """Return ``W x + b + scale * B A x`` for a plain floating linear base.
 
-    Args:
-        x: (..., in_features).
-        weight: (out_features, in_features).
-        bias: (out_features,) or None.
-        lora_a: (dim, in_features).
-        lora_b: (out_features, dim).
-        scale: Factor of the branch, ``alpha / dim``.
-        dropout: The effective probability in [0, 1): 0 in evaluation.
-        dropout_position: ``"pre"`` drops elements of x, ``"post"`` elements of the branch.
+    Args as in `lora_linear_reference`; ``dropout`` is the effective one: 0 in evaluation.
 
     Returns:
         (..., out_features), in the dtype of ``F.linear(x, weight, bias)``; autocast included.
@@ -115,9 +104,8 @@ def lora_linear(
     if path.name == "reference":
         drop = _reference_dropout(x, lora_b, dropout, dropout_position, path)
         return lora_linear_reference(x, weight, bias, lora_a, lora_b, scale, *drop)
-    seed = draw_seed() if dropout > 0.0 else None
-    branch = Branch(scale, dropout, dropout_position)
-    arguments = (x, weight, bias, lora_a, lora_b, seed, branch)
+    branch = Branch(scale, dropout, dropout_position, draw_seed() if dropout > 0.0 else None)
+    arguments = (x, weight, bias, lora_a, lora_b, branch)
     if torch.is_grad_enabled():
         return LoRALinearFunction.apply(*arguments)
     return linear_forward(*arguments)[0]
@@ -134,17 +122,7 @@ def lora_add(
 ) -> Tensor:
     """Return ``base_out + scale * B A x``, for any base whose own forward gave ``base_out``.
 
-    Args:
-        base_out: (..., out_features), the base's result; never written to.
-        x: (..., in_features).
-        lora_a: (dim, in_features).
-        lora_b: (out_features, dim).
-        scale: Factor of the branch, ``alpha / dim``.
-        dropout: The effective probability in [0, 1): 0 in evaluation.
-        dropout_position: ``"pre"`` drops elements of x, ``"post"`` elements of the branch.
-
-    Returns:
-        (..., out_features), in the dtype of ``base_out``.
+    Args as in `lora_branch_reference`; ``base_out``, (..., out_features), is never written to.
     """
     x, lora_a, lora_b = _autocast(x, lora_a, lora_b)
     lora_a, lora_b = _for_products(x, lora_a, lora_b)
@@ -154,9 +132,8 @@ def lora_add(
         drop = _reference_dropout(x, lora_b, dropout, dropout_position, path)
         out = lora_branch_reference(x, lora_a, lora_b, scale, *drop)
         return add_in_base_dtype(base_out, out)
-    seed = draw_seed() if dropout > 0.0 else None
-    branch = Branch(scale, dropout, dropout_position)
-    arguments = (base_out, x, lora_a, lora_b, seed, branch)
+    branch = Branch(scale, dropout, dropout_position, draw_seed() if dropout > 0.0 else None)
+    arguments = (base_out, x, lora_a, lora_b, branch)
     if torch.is_grad_enabled():
         return LoRAAddFunction.apply(*arguments)
     return add_forward(*arguments)[0]

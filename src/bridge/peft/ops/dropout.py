@@ -41,14 +41,9 @@ class SeededMask:
     def __init__(
         self, rows: int, columns: int, p: float, device: torch.device, seed: int | None
     ) -> None:
-        """Draw the words of a (rows, columns) mask with drop probability ``p``.
+        """Draw the words of a (rows, columns) mask with drop probability ``p``, from `draw_seed`.
 
-        Args:
-            rows: Rows of the matrix.
-            columns: Columns of the matrix.
-            p: Probability in (0, 1) with which an element is dropped.
-            device: Where the matrix is.
-            seed: From `draw_seed`; None to draw the words from the default generator.
+        Without a seed they come from the default generator.
         """
         generator = None
         if seed is not None and device.type != "meta":  # meta has no generator
@@ -67,14 +62,9 @@ class SeededMask:
         self.keep_probability = 1.0 - dropped / _LANE
 
     def of(self, rows: slice, block: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return some rows of the mask: ones where kept, zeros where dropped.
+        """Return some rows of the mask, as wide as ``dtype``: ones where kept, else zeros.
 
         The result is scratch: valid until the next call, and free to be overwritten.
-
-        Args:
-            rows: Which rows.
-            block: These rows of the matrix, (some rows, columns).
-            dtype: What will be masked: the integers are as wide as its elements.
         """
         words = self._words(self._r[rows], self._q[rows], scratch("words", block, torch.int16))
         if dtype.itemsize == 2:

@@ -21,20 +21,11 @@ class LoRALinearFunction(torch.autograd.Function):
     """``y = W x + b + s B A x`` for a plain base; the branch is added into the base's result."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        seed: int | None,
-        branch: Branch,
-    ) -> Tensor:
-        """Return y, (..., out_features), in the dtype of the base's result."""
-        y, h = linear_forward(x, weight, bias, lora_a, lora_b, seed, branch)
-        ctx.save_for_backward(x, weight, bias, lora_a, lora_b, h)
-        ctx.seed, ctx.branch = seed, branch
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        """Return y; the inputs are those of `linear_forward`."""
+        y, h = linear_forward(*inputs)
+        *tensors, ctx.branch = inputs
+        ctx.save_for_backward(*tensors, h)
         return y
 
     @staticmethod
@@ -44,34 +35,26 @@ class LoRALinearFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
             inputs = (x, weight, bias, lora_a, lora_b)
-            return *_differentiable(lora_linear_reference, inputs, needs[:5], dy, ctx), None, None
+            return *_differentiable(lora_linear_reference, inputs, needs[:5], dy, ctx), None
         rows, dy = rows_of(x), rows_of(dy).contiguous()
-        pre, post, s = ctx.branch.masks(ctx.seed, rows, lora_b)
+        pre, post, s = ctx.branch.masks(rows, lora_b)
         dh, db = expand_backward(dy, h, lora_b.t(), s, post)
         dx = dy @ weight if needs[0] else None
         da = contract_backward(rows, dh, lora_a, s, pre, dx)
         dw = dy.t() @ rows if needs[1] else None
         dbias = dy.sum(0) if needs[2] else None
-        return None if dx is None else dx.view(x.shape), dw, dbias, da, db.t(), None, None
+        return None if dx is None else dx.view(x.shape), dw, dbias, da, db.t(), None
 
 
 class LoRAAddFunction(torch.autograd.Function):
     """``y = base_out + s B A x`` for the result of any base; ``base_out`` is only read."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        base_out: Tensor,
-        x: Tensor,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        seed: int | None,
-        branch: Branch,
-    ) -> Tensor:
-        """Return y, of the shape and dtype of ``base_out``."""
-        y, h = add_forward(base_out, x, lora_a, lora_b, seed, branch)
-        ctx.save_for_backward(x, lora_a, lora_b, h)
-        ctx.seed, ctx.branch = seed, branch
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        """Return y; the inputs are those of `add_forward`."""
+        y, h = add_forward(*inputs)
+        _base_out, *tensors, ctx.branch = inputs
+        ctx.save_for_backward(*tensors, h)
         return y
 
     @staticmethod
@@ -81,27 +64,21 @@ class LoRAAddFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:4]
         if torch.is_grad_enabled():
             inputs = (x, lora_a, lora_b)
-            return dy, *_differentiable(lora_branch_reference, inputs, needs, dy, ctx), None, None
+            return dy, *_differentiable(lora_branch_reference, inputs, needs, dy, ctx), None
         rows, dy_rows = rows_of(x), rows_of(dy).contiguous()
-        pre, post, s = ctx.branch.masks(ctx.seed, rows, lora_b)
+        pre, post, s = ctx.branch.masks(rows, lora_b)
         dh, db = expand_backward(dy_rows, h, lora_b.t(), s, post)
         dx = torch.zeros_like(rows) if needs[0] else None
         da = contract_backward(rows, dh, lora_a, s, pre, dx)
-        return dy, None if dx is None else dx.view(x.shape), da, db.t(), None, None
+        return dy, None if dx is None else dx.view(x.shape), da, db.t(), None
 
 
 def linear_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    seed: int | None,
-    branch: Branch,
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, branch: Branch
 ) -> tuple[Tensor, Tensor]:
     """Return `LoRALinearFunction`'s y, (..., out_features), and h, (tokens, dim)."""
     rows = rows_of(x)
-    pre, post, s = branch.masks(seed, rows, lora_b)
+    pre, post, s = branch.masks(rows, lora_b)
     # The narrow product comes first: it leaves x in cache for the wide one.
     h = contract(rows, lora_a, pre)
     y = plain_linear(x, weight, bias)
@@ -110,11 +87,11 @@ def linear_forward(
 
 
 def add_forward(
-    base_out: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, seed: int | None, branch: Branch
+    base_out: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, branch: Branch
 ) -> tuple[Tensor, Tensor]:
     """Return `LoRAAddFunction`'s y, (..., out_features), and h, (tokens, dim)."""
     rows = rows_of(x)
-    pre, post, s = branch.masks(seed, rows, lora_b)
+    pre, post, s = branch.masks(rows, lora_b)
     h = contract(rows, lora_a, pre)
     y = base_out.clone(memory_format=torch.contiguous_format)
     expand_(rows_of(y), h, lora_b.t(), s, post)
@@ -122,13 +99,7 @@ def add_forward(
 
 
 def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return ``W x + b`` as a tensor of its own that may be written to, in an autograd function.
-
-    Args:
-        x: (..., in_features).
-        weight: (out_features, in_features).
-        bias: (out_features,) or None.
-    """
+    """Return ``W x + b`` as a tensor of its own that may be written to, in an autograd function."""
     y = F.linear(x, weight, bias)
     if y._is_view() or not y.is_contiguous():
         # Consumers may write into our result, which a view made in here would forbid.
@@ -153,7 +124,7 @@ def _differentiable(
     x, lora_b = inputs[0], inputs[-1]
     assert x is not None and lora_b is not None
     p, kept = 0.0, None
-    for mask in branch.masks(ctx.seed, rows_of(x), lora_b)[:2]:
+    for mask in branch.masks(rows_of(x), lora_b)[:2]:
         if mask is not None:
             p, kept = 1.0 - mask.keep_probability, mask.whole().view(*x.shape[:-1], -1)
     y = formula(*inputs, branch.scale, p, branch.position, kept)

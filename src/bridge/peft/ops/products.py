@@ -28,44 +28,32 @@ _BLOCK_BYTES_ON_DEVICE = 2**26
 
 
 class Branch(NamedTuple):
-    """What defines a branch beside its tensors.
+    """What defines a branch in one call, beside its tensors.
 
-    Attributes:
-        scale: ``alpha / dim``.
-        dropout: The effective drop probability.
-        position: ``"pre"`` or ``"post"``.
+    `scale` is ``alpha / dim``, `dropout` the effective probability, `position` ``"pre"`` or
+    ``"post"``, `seed` that of the mask, or None where nothing is dropped.
     """
 
     scale: float
     dropout: float
     position: str
+    seed: int | None
 
-    def masks(
-        self, seed: int | None, x: Tensor, b: Tensor
-    ) -> tuple[SeededMask | None, SeededMask | None, float]:
+    def masks(self, x: Tensor, b: Tensor) -> tuple[SeededMask | None, SeededMask | None, float]:
         """Return the mask of x (tokens, in), that of the branch's output, and the factor of h.
 
         The factor is ``scale``, with dropout's rescaling folded in.
         """
-        if seed is None:
+        if self.seed is None:
             return None, None, self.scale
         columns = x.shape[1] if self.position == "pre" else b.shape[0]
-        mask = SeededMask(x.shape[0], columns, self.dropout, x.device, seed)
+        mask = SeededMask(x.shape[0], columns, self.dropout, x.device, self.seed)
         s = self.scale / mask.keep_probability
         return (mask, None, s) if self.position == "pre" else (None, mask, s)
 
 
 def contract(x: Tensor, a: Tensor, mask: SeededMask | None) -> Tensor:
-    """Return ``x aᵀ``.
-
-    Args:
-        x: (tokens, features).
-        a: (dim, features).
-        mask: What to drop of x, or None.
-
-    Returns:
-        (tokens, dim), in the dtype of ``a``.
-    """
+    """Return ``x aᵀ``, (tokens, dim), in the dtype of ``a``, (dim, features); ``mask`` is of x."""
     if mask is None and x.dtype == a.dtype:
         return _narrow(x, a)
     return _cat([_narrow(_masked(x_, a, kept), a) for kept, x_ in _blocks(a, mask, x)])
@@ -76,16 +64,7 @@ def contract_backward(
 ) -> Tensor:
     """Add ``s dh a``, masked, into dx in place, where there is one, and return ``s dhᵀ x``.
 
-    Args:
-        x: (tokens, features).
-        dh: (tokens, dim), the gradient of ``contract``'s result over s.
-        a: (dim, features).
-        s: Factor.
-        mask: What `contract` dropped of x, or None.
-        dx: (tokens, features) or None.
-
-    Returns:
-        (dim, features), the gradient of ``a``.
+    dh, (tokens, dim), is the gradient of `contract`'s result over s; the result that of ``a``.
     """
     if mask is None and x.dtype == a.dtype:
         if dx is not None:
@@ -100,15 +79,7 @@ def contract_backward(
 
 
 def expand_(y: Tensor, h: Tensor, a: Tensor, s: float, mask: SeededMask | None) -> None:
-    """Add ``s h a`` into y in place.
-
-    Args:
-        y: (tokens, features).
-        h: (tokens, dim).
-        a: (dim, features).
-        s: Factor.
-        mask: What to drop of the product, or None.
-    """
+    """Add ``s h a``, masked, into y, (tokens, features), in place; h is (tokens, dim)."""
     if mask is None and y.dtype == a.dtype:
         y.addmm_(h, a, alpha=s)
         return
@@ -119,18 +90,7 @@ def expand_(y: Tensor, h: Tensor, a: Tensor, s: float, mask: SeededMask | None) 
 def expand_backward(
     dy: Tensor, h: Tensor, a: Tensor, s: float, mask: SeededMask | None
 ) -> tuple[Tensor, Tensor]:
-    """Return ``dy aᵀ``, the gradient of h over s, and ``s hᵀ dy``, that of ``a``.
-
-    Args:
-        dy: (tokens, features).
-        h: (tokens, dim).
-        a: (dim, features).
-        s: Factor.
-        mask: What `expand_` dropped of the product, or None.
-
-    Returns:
-        (tokens, dim) and (dim, features).
-    """
+    """Return ``dy aᵀ``, the gradient of h over s, and ``s hᵀ dy``, that of ``a``."""
     if mask is None and dy.dtype == a.dtype:
         return _narrow(dy, a), _outer(h, dy, a, s)
     total, dhs = _Sum(), []

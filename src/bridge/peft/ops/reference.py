@@ -51,21 +51,9 @@ def lora_linear_reference(
     dropout_position: str = "post",
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Return ``W x + b + scale * B A x`` in the dtype of ``F.linear(x, weight, bias)``.
+    """Return ``W x + b + scale * B A x``, (..., out_features), in ``F.linear(x, W, b)``'s dtype.
 
-    Args:
-        x: (..., in_features).
-        weight: (out_features, in_features).
-        bias: (out_features,) or None.
-        lora_a: (dim, in_features).
-        lora_b: (out_features, dim).
-        scale: Factor of the branch, ``alpha / dim``.
-        dropout: Probability in [0, 1) with which an element is dropped.
-        dropout_position: ``"pre"`` or ``"post"``.
-        mask: See `lora_branch_reference`.
-
-    Returns:
-        (..., out_features).
+    Weight is (out_features, in_features), bias (out_features,); the rest is as in the branch.
     """
     base = F.linear(x, weight, bias)
     return add_in_base_dtype(

@@ -19,11 +19,6 @@ def scratch(slot: str, like: Tensor, dtype: torch.dtype) -> Tensor:
     """Return an uninitialised tensor of the shape and device of ``like``.
 
     On the CPU it is the caller's until the same thread asks for the same slot again.
-
-    Args:
-        slot: Name of the buffer.
-        like: Gives shape and device.
-        dtype: Dtype of the result.
     """
     if like.device.type != "cpu":
         return torch.empty(like.shape, dtype=dtype, device=like.device)

@@ -15,21 +15,13 @@ class Conv1DAdapter(LoRAMixin):
 
     @classmethod
     def takes(cls, base_type: type[nn.Module]) -> bool:
-        """Whether this is `Conv1D` or derives from it.
-
-        Args:
-            base_type: The class of a module before adaptation.
-        """
+        """Whether this is `Conv1D` or derives from it."""
         names = {f"{base.__module__}.{base.__name__}" for base in base_type.__mro__}
         return "transformers.pytorch_utils.Conv1D" in names
 
     @classmethod
     def features(cls, module: nn.Module) -> tuple[int, int]:
-        """`(in_features, out_features)`, which the weight alone knows.
-
-        Args:
-            module: Adapted or not.
-        """
+        """`(in_features, out_features)`, which the weight alone knows."""
         weight: Tensor = module.weight  # pyright: ignore[reportAssignmentType]
         return weight.shape[0], weight.shape[1]
 

@@ -24,12 +24,7 @@ class LinearAdapter(LoRAMixin, nn.Linear):
 
     Args:
         orig_linear: The plain `nn.Linear` to adapt, weight (out_features, in_features).
-        dim: Rank of the update.
-        alpha: Scaling numerator, `scale = alpha / dim`.
-        dropout: Probability in [0, 1).
-        dropout_position: `"pre"` (on x) or `"post"` (on the scaled branch output).
-        lora_A_init_method: `"xavier"` or `"uniform"`.
-        lora_dtype: Dtype of A and B; None takes the base weight's.
+        dim, alpha, …: The branch's options; see `BranchOptions`.
 
     Raises:
         UnsupportedLinearError: `orig_linear` is not a plain `nn.Linear`.
@@ -43,11 +38,7 @@ class LinearAdapter(LoRAMixin, nn.Linear):
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
-        """As the mixin's; and the one linear of torch that is never called.
-
-        Args:
-            module: It is not adapted yet, and is not touched.
-        """
+        """As the mixin's; and the one linear of torch that is never called."""
         if type(module) is NonDynamicallyQuantizableLinear:
             return "nn.MultiheadAttention reads its weight and never calls its forward"
         return super().refusal(module) or _own_forward_reason(module)

@@ -13,20 +13,12 @@ from bridge.peft.branch.options import DropoutPosition, InitMethod
 from bridge.peft.errors import MissingExtraError, UnsupportedLinearError
 from bridge.peft.tensors import is_plain
 
-#: Settings of a `te.Linear` that a copy carries on when it has them: attribute -> constructor name.
-_SETTINGS = {
-    "use_bias": "bias",
-    "return_bias": "return_bias",
-    "parallel_mode": "parallel_mode",
-    "tp_group": "tp_group",
-    "tp_size": "tp_size",
-    "sequence_parallel": "sequence_parallel",
-    "fuse_wgrad_accumulation": "fuse_wgrad_accumulation",
-    "get_rng_state_tracker": "get_rng_state_tracker",
-    "rng_tracker_name": "rng_tracker_name",
-    "symmetric_ar_type": "symmetric_ar_type",
-    "save_original_input": "save_original_input",
-}
+#: Settings of a `te.Linear`, beside its bias, that a copy carries on when it has them.
+_SETTINGS = (
+    *("return_bias", "parallel_mode", "tp_group", "tp_size", "sequence_parallel"),
+    *("fuse_wgrad_accumulation", "get_rng_state_tracker", "rng_tracker_name"),
+    *("symmetric_ar_type", "save_original_input"),
+)
 
 
 class TELinearAdapter(LoRAMixin, TELinear):
@@ -36,12 +28,7 @@ class TELinearAdapter(LoRAMixin, TELinear):
 
     Args:
         orig_linear: The `transformer_engine.pytorch.Linear` to adapt.
-        dim: Rank of the update.
-        alpha: Scaling numerator, `scale = alpha / dim`.
-        dropout: Probability in [0, 1).
-        dropout_position: `"pre"` (on x) or `"post"` (on the scaled branch output).
-        lora_A_init_method: `"xavier"` or `"uniform"`.
-        lora_dtype: Dtype of A and B; None takes the base weight's.
+        dim, alpha, …: The branch's options; see `BranchOptions`.
 
     Raises:
         ImportError: Transformer Engine is not installed.
@@ -58,20 +45,12 @@ class TELinearAdapter(LoRAMixin, TELinear):
 
     @classmethod
     def takes(cls, base_type: type[nn.Module]) -> bool:
-        """Whether Transformer Engine is there and this is its linear, or a class below it.
-
-        Args:
-            base_type: The class of a module before adaptation.
-        """
+        """Whether Transformer Engine is there and this is its linear, or a class below it."""
         return HAVE_TE and issubclass(base_type, TELinear)
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
-        """Why this linear cannot be adapted in place; None if it can.
-
-        Args:
-            module: It is not adapted yet, and is not touched.
-        """
+        """Why this linear cannot be adapted in place; None if it can."""
         if type(module) is not TELinear:
             return "subclasses of te.Linear answer with tuples of their own; wrap it in LoRALinear"
         if "weight" not in module._parameters:
@@ -138,15 +117,12 @@ def _constructor_arguments(orig: TELinear) -> dict[str, Any]:
             f"cannot copy a te.Linear whose weight is a {type(weight).__name__} (fp8): writing it "
             "would quantise again; patch_linear_module adapts it in place"
         )
-    settings = {
-        name: getattr(orig, attribute)
-        for attribute, name in _SETTINGS.items()
-        if getattr(orig, attribute, None) is not None
-    }
+    settings = {name: getattr(orig, name, None) for name in _SETTINGS}
     return {
         "in_features": orig.in_features,
         "out_features": orig.out_features,
         "params_dtype": weight.dtype,
         "device": weight.device.type if weight.is_meta else weight.device,
-        **settings,
+        "bias": orig.use_bias,
+        **{name: value for name, value in settings.items() if value is not None},
     }

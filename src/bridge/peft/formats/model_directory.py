@@ -13,6 +13,7 @@ import torch
 
 from bridge.peft.dtypes import dtype_name
 from bridge.peft.errors import AdapterError
+from bridge.peft.formats.files.adapter_tensors import checked_index
 from bridge.peft.formats.files.safetensors_file import Entry, Header, read_header
 from bridge.peft.formats.files.untrusted import read_json
 
@@ -104,19 +105,7 @@ def _read_index(directory: Path) -> dict[str, Any]:
             f"{directory} holds neither {SINGLE_NAME} nor {INDEX_NAME}; pass the directory of a "
             "base model"
         )
-    index = read_json(path)
-    names = index.get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise AdapterError(f"{path} has no weight_map; download the model again")
-    if not isinstance(index.get("metadata") or {}, dict):
-        raise AdapterError(f"{path}: its metadata is not an object; download the model again")
-    for name in names.values():
-        if not isinstance(name, str) or Path(name).name != name or Path(name).suffix in _PICKLES:
-            raise AdapterError(
-                f"{path} names {name!r:.80}, which is not a safetensors file beside it; download "
-                "the model again"
-            )
-    return index
+    return checked_index(path)
 
 
 def copy_other_files(source: Path, target: Path) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from bridge.peft.errors import AdapterFileError
+from bridge.peft.formats.files.adapter_tensors import read_adapter_tensors
 from bridge.peft.formats.files.atomic import COMMITTED, write_files
-from bridge.peft.formats.files.safetensors_file import read_tensors, serialize
+from bridge.peft.formats.files.safetensors_file import serialize
 from bridge.peft.formats.files.untrusted import (
     CONFIG_NAME,
     EXTRA_NAME,
@@ -26,14 +27,14 @@ from bridge.peft.formats.files.untrusted import (
 )
 from bridge.peft.formats.peft.config import PeftConfig, parse_config, scale_of
 from bridge.peft.formats.peft.extra import check_extra, read_extra
+from bridge.peft.formats.peft.fields import check_method
+from bridge.peft.formats.peft.keys import KEY_PREFIX, MAX_NAME_LENGTH, split_keys
 
-KEY_PREFIX = "base_model.model."
 _SUFFIXES = (".lora_A.weight", ".lora_B.weight")
 #: Where PEFT puts the base's own parameters of an adapted module.
 _BASE = ".base_layer."
 #: Saved by PEFT without a word in the config, when the vocabulary was resized or they are adapted.
 _EMBEDDINGS = frozenset(("embed_tokens", "lm_head", "wte", "shared", "word_embeddings"))
-MAX_NAME_LENGTH = 1_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +104,9 @@ def read_adapter(directory: str | Path) -> AdapterFile:
             )
         warn_if_interrupted(directory)
         config = read_json(checked_path(directory, CONFIG_NAME))
+        check_method(config)
         extra = read_extra(directory)
-        tensors = read_tensors(checked_path(directory, TENSORS_NAME))
+        tensors = read_adapter_tensors(directory)
     return adapter_from(config, extra, tensors)
 
 
@@ -158,8 +160,8 @@ def check_adapter(adapter: AdapterFile) -> None:
         _check_shapes(parsed, fqn, a, b)
         if parsed.target_modules is not None and not parsed.is_target(fqn):
             raise AdapterFileError(
-                f"the file has tensors for {fqn}, which target_modules does not match; fix "
-                "target_modules or save the adapter again"
+                f"the file has tensors for {fqn}, which target_modules does not match; save the "
+                "adapter again"
             )
 
 
@@ -206,48 +208,6 @@ def write_adapter(adapter: AdapterFile, directory: str | Path) -> Path:
     return directory
 
 
-def split_keys(
-    tensors: Mapping[str, Tensor],
-) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Sort the tensors of a PEFT file by module.
-
-    Keys are cut at their ends only, so modules may be called `lora_A`, `weight` or `base_model`.
-
-    Args:
-        tensors: By key of the file.
-
-    Returns:
-        A and B by module, and the other tensors by name.
-
-    Raises:
-        AdapterFileError: A key is not below PEFT's prefix, or one of A and B is missing.
-    """
-    halves: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-    rest: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        name = key.removeprefix(KEY_PREFIX)
-        if name == key or len(name) > MAX_NAME_LENGTH:
-            raise AdapterFileError(
-                f"{TENSORS_NAME} holds {key[:80]!r}, which is not a name below {KEY_PREFIX!r}; if "
-                "another tool wrote it, bridge-peft convert may read it"
-            )
-        for half, suffix in zip(halves, _SUFFIXES, strict=True):
-            if name.endswith(suffix):
-                half[name.removesuffix(suffix)] = tensor
-                break
-        else:
-            rest[name] = tensor
-    for (letter, half), other in zip(zip("AB", halves, strict=True), reversed(halves), strict=True):
-        if single := sorted(half.keys() - other.keys()):
-            raise AdapterFileError(
-                f"{TENSORS_NAME} holds only the {letter} of {single[0]} ({len(single)} such "
-                "modules); save the adapter again"
-            )
-    if not halves[0]:
-        raise AdapterFileError(f"{TENSORS_NAME} holds no LoRA tensor; save the adapter again")
-    return {fqn: (halves[0][fqn], halves[1][fqn]) for fqn in halves[0]}, rest
-
-
 def _whole_tensors(
     rest: Mapping[str, Tensor], adapted: Collection[str], config: PeftConfig
 ) -> dict[str, Tensor]:
@@ -259,7 +219,7 @@ def _whole_tensors(
         if not _is_declared(name, config):
             raise AdapterFileError(
                 f"{TENSORS_NAME} holds {name!r}, which is neither an A or B of a linear nor "
-                "covered by modules_to_save or bias; remove it, or name its module there"
+                "covered by modules_to_save or bias; save the adapter again"
             )
         whole[name] = tensor
     return whole
@@ -287,5 +247,5 @@ def _check_shapes(config: PeftConfig, fqn: str, a: Tensor, b: Tensor) -> None:
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != rank or b.shape[1] != rank:
         raise AdapterFileError(
             f"{fqn}: the config gives it rank {rank}, the file A {tuple(a.shape)} and B "
-            f"{tuple(b.shape)}; fix r or rank_pattern, or save the adapter again"
+            f"{tuple(b.shape)}; save the adapter again"
         )

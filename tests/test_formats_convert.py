@@ -83,7 +83,7 @@ def _renamed(key, names):
 )
 def test_bare_state_dicts_become_adapters(model, tmp_path, as_plain):
     save_file(as_plain(model), tmp_path / "state.safetensors")
-    done = convert_adapter(tmp_path / "state.safetensors", "peft", tmp_path / "out", alpha=7)
+    done = convert_adapter(tmp_path / "state.safetensors", "peft", tmp_path / "out", alpha=6)
     assert done.source == "plain"
     loaded = load_adapter(base(), tmp_path / "out")
     ids = torch.arange(6)[None]
@@ -97,7 +97,7 @@ def test_a_bare_peft_state_dict_gets_a_config(peft_dir, tmp_path):
     file = peft_dir / "adapter_model.safetensors"
     (tmp_path / "bare").mkdir()
     file.rename(tmp_path / "bare" / "weights.safetensors")
-    convert_adapter(tmp_path / "bare", "peft", tmp_path / "out", alpha=7)
+    convert_adapter(tmp_path / "bare", "peft", tmp_path / "out", alpha=6)
     assert read_adapter(tmp_path / "out").config["lora_alpha"] == 6
 
 
@@ -130,14 +130,14 @@ def test_pickles_are_refused_unread(tmp_path, name):
     path.write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
     for given in (path, path.parent):
         with pytest.raises(AdapterError, match=r"pickle"):
-            convert_adapter(given, "peft", tmp_path / "out", alpha=7)
+            convert_adapter(given, "peft", tmp_path / "out", alpha=6)
 
 
 def test_several_files_are_not_guessed_among(tmp_path):
     for name in ("a", "b"):
         save_file({"x": torch.ones(1)}, tmp_path / f"{name}.safetensors")
     with pytest.raises(AdapterError, match="several"):
-        convert_adapter(tmp_path, "peft", tmp_path / "out", alpha=7)
+        convert_adapter(tmp_path, "peft", tmp_path / "out", alpha=6)
 
 
 def test_unknown_keys_are_shown():

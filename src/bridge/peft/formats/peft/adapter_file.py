@@ -48,12 +48,14 @@ class AdapterFile:
         extra: `bridge_adapter.json`: what a PEFT config has no field for; empty without that file.
         whole: Tensors saved whole (`modules_to_save`, `bias`), by their name in the base model.
             Beside an adapted output head PEFT also saves the base's weight of it.
+        names_in_file: The file's name of each module that has another in the model.
     """
 
     config: dict[str, Any]
     tensors: dict[str, tuple[Tensor, Tensor]]
     extra: dict[str, Any] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)
+    names_in_file: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def parsed(self) -> PeftConfig:
@@ -67,12 +69,26 @@ class AdapterFile:
     @cached_property
     def _alphas(self) -> dict[str, float]:
         pattern, default = self.parsed.alpha_pattern, self.parsed.lora_alpha
-        return {fqn: pattern.value(fqn, default) for fqn in self.tensors}
+        return {fqn: pattern.value(self.name_in_file(fqn), default) for fqn in self.tensors}
 
     @property
     def base_weights(self) -> set[str]:
         """Names in `whole` that are weights of adapted modules: the base's own, not new ones."""
         return self.whole.keys() & {f"{fqn}.weight" for fqn in self.tensors}
+
+    def name_in_file(self, fqn: str) -> str:
+        """The name that the config means a module by."""
+        return self.names_in_file.get(fqn, fqn)
+
+    def shapes(self) -> dict[str, tuple[int, ...] | None]:
+        """The shape (out_features, in_features) of every adapted weight, and of what is whole."""
+        adapted = {f"{f}.weight": (b.shape[0], a.shape[1]) for f, (a, b) in self.tensors.items()}
+        return adapted | {name: tuple(t.shape) for name, t in self.whole.items()}
+
+    @property
+    def frozen(self) -> set[str]:
+        """Names in `whole` that were not trained: saved because the base may not have them."""
+        return {name for name in self.whole if not _is_trained(name, self.parsed)}
 
     def rank(self, fqn: str) -> int:
         """The rank of one module: that of its tensors."""
@@ -215,8 +231,9 @@ def _whole_tensors(
     whole: dict[str, Tensor] = {}
     for name, tensor in rest.items():
         fqn, found, last = name.rpartition(_BASE)
-        name = f"{fqn}.{last}" if found and fqn in adapted else name
-        if not _is_declared(name, config):
+        is_base = found and fqn in adapted
+        name = f"{fqn}.{last}" if is_base else name
+        if not (is_base or is_vocabulary(name) or _is_trained(name, config)):
             raise AdapterFileError(
                 f"{TENSORS_NAME} holds {name!r}, which is neither an A or B of a linear nor "
                 "covered by modules_to_save or bias; save the adapter again"
@@ -225,16 +242,24 @@ def _whole_tensors(
     return whole
 
 
-def _is_declared(name: str, config: PeftConfig) -> bool:
+def is_vocabulary(name: str) -> bool:
+    """Whether a tensor is one that PEFT saves without a word in the config.
+
+    Args:
+        name: Its name in the base model.
+    """
+    parts = name.split(".")
+    return len(parts) > 1 and parts[-2] in _EMBEDDINGS and parts[-1] == "weight"
+
+
+def _is_trained(name: str, config: PeftConfig) -> bool:
     """Whether the config accounts for a tensor that is neither A nor B."""
     if config.bias != "none" and name.endswith(".bias"):
         return True
     parts = name.split(".")
     owners = [".".join(parts[:i]) for i in range(1, len(parts))]
     # PEFT takes the ends of names as they are, dots or not
-    if any(owner.endswith(saved) for owner in owners for saved in config.modules_to_save):
-        return True
-    return len(parts) > 1 and parts[-2] in _EMBEDDINGS and parts[-1] == "weight"
+    return any(owner.endswith(saved) for owner in owners for saved in config.modules_to_save)
 
 
 def _whole_key(name: str, adapter: AdapterFile) -> str:

@@ -16,6 +16,7 @@ from bridge.peft.errors import AdapterError, AdapterFileError, AlreadyAdaptedErr
 from bridge.peft.formats.peft.adapter_file import AdapterFile
 from bridge.peft.formats.peft.config import PeftConfig
 from bridge.peft.formats.peft.extra import branch_settings
+from bridge.peft.formats.peft.places import placed
 from bridge.peft.formats.peft.saved_whole import check_whole
 from bridge.peft.model.adapt import check_can_be_adapted
 from bridge.peft.model.trained_parameters import trained_whole
@@ -26,15 +27,19 @@ from bridge.peft.targets import output_heads
 Planned = tuple[str, nn.Module, BranchOptions]
 
 
-def plan_load(adapter: AdapterFile, model: nn.Module) -> tuple[list[Planned], bool]:
+def plan_load(
+    adapter: AdapterFile, model: nn.Module, lora_dtype: torch.dtype | None
+) -> tuple[AdapterFile, list[Planned], bool]:
     """Check a file against a model; touches nothing.
 
     Args:
         adapter: The file.
         model: The model, not wrapped.
+        lora_dtype: Dtype of A and B; None is float32, float64 where the file's are.
 
     Returns:
-        The modules to load into, and whether they are adapted already.
+        The adapter under the model's names, the modules to load into, and whether they are adapted
+        already.
 
     Raises:
         AdapterFileError: The file does not fit.
@@ -42,6 +47,7 @@ def plan_load(adapter: AdapterFile, model: nn.Module) -> tuple[list[Planned], bo
     """
     present = dict(adapted_modules(model))
     names = base_modules(model)
+    adapter = placed(adapter, model, names)
     if present:
         _check_same_adapter(adapter, present, model)
     else:
@@ -53,8 +59,8 @@ def plan_load(adapter: AdapterFile, model: nn.Module) -> tuple[list[Planned], bo
         if not present:
             _check_adaptable(fqn, names[fqn])
         _check_fits(fqn, names[fqn], a, b)
-        planned.append((fqn, names[fqn], _options(adapter, fqn)))
-    return planned, bool(present)
+        planned.append((fqn, names[fqn], _options(adapter, fqn, lora_dtype)))
+    return adapter, planned, bool(present)
 
 
 def _check_same_adapter(
@@ -94,12 +100,13 @@ def _check_targets(adapter: AdapterFile, names: Mapping[str, nn.Module], root: n
     if without := sorted(matched - adapter.tensors.keys()):
         raise AdapterFileError(
             f"target_modules matches {without[0]}, for which the file has no tensors "
-            f"({len(without)} such modules); fix target_modules or save the adapter again"
+            f"({len(without)} such modules); save the adapter again"
         )
-    if unmatched := sorted(adapter.tensors.keys() - matched):
+    unmatched = sorted(adapter.tensors.keys() - matched - adapter.names_in_file.keys())
+    if unmatched:  # a name that is another in the file was checked there
         raise AdapterFileError(
             f"the file has tensors for {unmatched[0]}, which target_modules does not match "
-            f"({len(unmatched)} such modules); fix target_modules or save the adapter again"
+            f"({len(unmatched)} such modules); save the adapter again"
         )
 
 
@@ -117,13 +124,14 @@ def _targets(config: PeftConfig, names: Mapping[str, nn.Module], model: nn.Modul
     }
 
 
-def _options(adapter: AdapterFile, fqn: str) -> BranchOptions:
+def _options(adapter: AdapterFile, fqn: str, lora_dtype: torch.dtype | None) -> BranchOptions:
     a, b = adapter.tensors[fqn]
-    settings = branch_settings(adapter.extra, fqn, adapter.parsed.lora_dropout)
+    name = adapter.name_in_file(fqn)
+    settings = branch_settings(adapter.extra, name, adapter.parsed.lora_dropout)
     return BranchOptions(
         dim=adapter.rank(fqn),
         alpha=adapter.alpha(fqn),
-        lora_dtype=sound_dtype(torch.promote_types(a.dtype, b.dtype)),
+        lora_dtype=lora_dtype or sound_dtype(torch.promote_types(a.dtype, b.dtype)),
         use_rslora=adapter.parsed.use_rslora,
         **settings,
     )

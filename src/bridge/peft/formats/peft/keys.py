@@ -22,7 +22,7 @@ from bridge.peft.model.walk import clean_fqn, some_names
 KEY_PREFIX = "base_model.model."
 MAX_NAME_LENGTH = 1_000
 #: What stands before the names of all modules, or does not.
-_PREFIXES = ("module.", KEY_PREFIX)
+PREFIXES = ("module.", KEY_PREFIX)
 _SPELLINGS = tuple(
     re.compile(rf"(?P<fqn>.+?){end}\.weight")
     for end in (
@@ -131,7 +131,7 @@ def split_keys(
 def _names(keys: Iterable[str]) -> dict[str, str]:
     """The name behind each key: without the levels of wrappers, and without PEFT's prefix."""
     names = {key: clean_fqn(key) for key in keys}
-    for prefix in _PREFIXES:
+    for prefix in PREFIXES:
         odd = [name for name in names.values() if not name.startswith(prefix)]
         if not odd:
             names = {key: name.removeprefix(prefix) for key, name in names.items()}

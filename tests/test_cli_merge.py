@@ -114,7 +114,7 @@ def test_a_directory_whose_name_ends_in_a_number_is_itself(tmp_path, monkeypatch
     ("words", "said"),
     [
         (["--dtype", "int8"], "unknown dtype 'int8'"),
-        (["--compute-dtype", "bfloat16"], "merge computes in torch.float32 or torch.float64"),
+        (["--compute-dtype", "bfloat16"], "a merge is computed in torch.float32 or torch.float64"),
         (["--model", "nowhere"], "nowhere does not exist; pass the directory of a base model"),
         (["--adapter", "nowhere"], "nowhere is not an adapter directory"),
         (["--output", "/proc/out"], "cannot write to /proc"),

@@ -103,7 +103,7 @@ def test_dtype_converts_every_floating_tensor_and_is_said_in_the_config(dtype, t
 def test_float64_computation_rounds_once_to_the_base_dtype(tmp_path):
     files = case(tmp_path, dtype=BF16)
     run(files, compute_dtype=torch.float64)
-    merge(files.model, dtype=torch.float64)
+    merge(files.model, compute_dtype=torch.float64)
     wanted = files.model.state_dict()
     for name, tensor in tensors(files.out).items():
         assert torch.equal(tensor, wanted[name]), name

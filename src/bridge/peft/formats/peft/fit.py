@@ -16,7 +16,6 @@ from bridge.peft.errors import AdapterError, AdapterFileError, AlreadyAdaptedErr
 from bridge.peft.formats.peft.adapter_file import AdapterFile
 from bridge.peft.formats.peft.config import PeftConfig
 from bridge.peft.formats.peft.extra import branch_settings
-from bridge.peft.formats.peft.places import placed
 from bridge.peft.formats.peft.saved_whole import check_whole
 from bridge.peft.model.adapt import check_can_be_adapted
 from bridge.peft.model.trained_parameters import trained_whole
@@ -28,18 +27,17 @@ Planned = tuple[str, nn.Module, BranchOptions]
 
 
 def plan_load(
-    adapter: AdapterFile, model: nn.Module, lora_dtype: torch.dtype | None
-) -> tuple[AdapterFile, list[Planned], bool]:
+    adapter: AdapterFile, model: nn.Module, lora_dtype: torch.dtype | None = None
+) -> tuple[list[Planned], bool]:
     """Check a file against a model; touches nothing.
 
     Args:
-        adapter: The file.
+        adapter: The file, under the model's names (`placed`).
         model: The model, not wrapped.
         lora_dtype: Dtype of A and B; None is float32, float64 where the file's are.
 
     Returns:
-        The adapter under the model's names, the modules to load into, and whether they are adapted
-        already.
+        The modules to load into, and whether they are adapted already.
 
     Raises:
         AdapterFileError: The file does not fit.
@@ -47,9 +45,12 @@ def plan_load(
     """
     present = dict(adapted_modules(model))
     names = base_modules(model)
-    adapter = placed(adapter, model, names)
     if present:
         _check_same_adapter(adapter, present, model)
+        if lora_dtype is not None:
+            raise AlreadyAdaptedError(
+                "lora_dtype is that of a new adapter, and the model carries one; leave it out"
+            )
     else:
         check_can_be_adapted(model)
         _check_targets(adapter, names, model)
@@ -60,7 +61,7 @@ def plan_load(
             _check_adaptable(fqn, names[fqn])
         _check_fits(fqn, names[fqn], a, b)
         planned.append((fqn, names[fqn], _options(adapter, fqn, lora_dtype)))
-    return adapter, planned, bool(present)
+    return planned, bool(present)
 
 
 def _check_same_adapter(

@@ -14,6 +14,7 @@ from bridge.peft.formats.peft.adapter_file import AdapterFile, read_adapter, wri
 from bridge.peft.formats.peft.describe import adapter_of
 from bridge.peft.formats.peft.fingerprint import differences
 from bridge.peft.formats.peft.fit import plan_load
+from bridge.peft.formats.peft.places import placed
 from bridge.peft.formats.peft.saved_whole import parameters_saved_whole
 from bridge.peft.lora import Model
 from bridge.peft.model.adapt import Planned, adapt_in_place
@@ -79,7 +80,8 @@ def load_adapter(
         AlreadyAdaptedError: The model carries another adapter.
     """
     root = unwrap(model)
-    adapter, planned, present = plan_load(read_adapter(directory), root, lora_dtype)
+    adapter = placed(read_adapter(directory), root)
+    planned, present = plan_load(adapter, root, lora_dtype)
     modules = {adapter.name_in_file(fqn): module for fqn, module, _ in planned}
     _check_base(adapter, modules, strict)
     tensors = adapter.tensors

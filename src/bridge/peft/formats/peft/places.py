@@ -18,24 +18,24 @@ from bridge.peft.branch.registry import features, kind_of
 from bridge.peft.errors import AdapterFileError
 from bridge.peft.formats.peft.adapter_file import AdapterFile
 from bridge.peft.formats.peft.keys import PREFIXES
-from bridge.peft.model.walk import clean_fqn, some_names
+from bridge.peft.model.walk import base_modules, clean_fqn, some_names
 
 #: The shape of a tensor; None where it is not known.
 Shape = tuple[int, ...] | None
 
 
-def placed(adapter: AdapterFile, model: nn.Module, modules: Mapping[str, nn.Module]) -> AdapterFile:
+def placed(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
     """The adapter under the model's own names; what the model does not have keeps its name.
 
     Args:
         adapter: As it was read.
         model: The model, not wrapped.
-        modules: Its modules by name.
 
     Raises:
         AdapterFileError: A name may mean several modules, or transformers has made another
             parameter of what it means.
     """
+    modules = base_modules(model)
     known = _shapes(model, modules)
     wanted: dict[str, Shape] = adapter.shapes()
     names = dict(zip(wanted, _without_wrappers(list(wanted), modules), strict=True))

@@ -74,8 +74,9 @@ def plan_edits(checkpoint: Checkpoint, adapters: _Adapters, *, untie: bool) -> E
         del whole[name]
     shapes = _shapes(adapters) | {name: tuple(tensor.shape) for name, tensor in whole.items()}
     ties = _tied_heads(checkpoint, entries, shapes)
-    brought = {name for name in ties if name in whole and _embedding_of(whole)}
-    if refused := [name for name in ties if not untie and name not in brought]:
+    are_brought = _embedding_of(whole) is not None  # both with values of their own
+    refused = [name for name in ties if not (untie or (are_brought and name in whole))]
+    if refused:
         raise AdapterError(
             f"{refused[0]} is tied to {ties[refused[0]]}, which a merge would change too; --untie "
             "gives it values of its own"
@@ -283,8 +284,8 @@ def _keys(
     if rest and not found:
         if new := [name for name in rest if name in whole]:
             raise AdapterError(
-                f"the adapter brings {some_names(new)} in full, which the checkpoint does not hold; "
-                "load the kind of model that it was trained on and the adapter in Python, "
+                f"the adapter brings {some_names(new)} in full, which the checkpoint does not "
+                "hold; load the kind of model that it was trained on and the adapter in Python, "
                 "merge(model) and save_pretrained"
             )
         raise _not_found(rest, len(names), entries)

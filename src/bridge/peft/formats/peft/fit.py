@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import torch
@@ -98,7 +99,10 @@ def _check_targets(adapter: AdapterFile, names: Mapping[str, nn.Module], root: n
             f"({len(unknown)} of {len(adapter.tensors)} modules are missing); load it into the "
             "model that it was trained on"
         )
-    if without := sorted(matched - adapter.tensors.keys()):
+    # a file of an inner model says nothing of the modules beside that one
+    part = os.path.commonprefix([*adapter.names_in_file]) if adapter.names_in_file else ""
+    without = sorted(fqn for fqn in matched - adapter.tensors.keys() if fqn.startswith(part))
+    if without:
         raise AdapterFileError(
             f"target_modules matches {without[0]}, for which the file has no tensors "
             f"({len(without)} such modules); save the adapter again"

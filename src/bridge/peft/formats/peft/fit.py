@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
 import torch
@@ -17,6 +16,7 @@ from bridge.peft.errors import AdapterError, AdapterFileError, AlreadyAdaptedErr
 from bridge.peft.formats.peft.adapter_file import AdapterFile
 from bridge.peft.formats.peft.config import PeftConfig
 from bridge.peft.formats.peft.extra import branch_settings
+from bridge.peft.formats.peft.names import common_part
 from bridge.peft.formats.peft.saved_whole import check_whole
 from bridge.peft.model.adapt import check_can_be_adapted
 from bridge.peft.model.trained_parameters import trained_whole
@@ -100,7 +100,7 @@ def _check_targets(adapter: AdapterFile, names: Mapping[str, nn.Module], root: n
             "model that it was trained on"
         )
     # a file of an inner model says nothing of the modules beside that one
-    part = os.path.commonprefix([*adapter.names_in_file]) if adapter.names_in_file else ""
+    part = common_part(adapter.names_in_file)
     without = sorted(fqn for fqn in matched - adapter.tensors.keys() if fqn.startswith(part))
     if without:
         raise AdapterFileError(

@@ -91,9 +91,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
     if whole := report["saved_in_full"]:
         shown = [f"{t['name']} {'×'.join(map(str, t['shape']))}" for t in whole]
         size = sum(tensor["parameters"] for tensor in whole)
-        lines.append(
-            f"saved in full: {len(whole)} tensors, {size:,} parameters: {some_names(shown)}"
-        )
+        lines.append(f"saved in full, {size:,} parameters: {some_names(shown)}")
     if dead:
         lines.append(
             f"warning: {len(dead)} of {len(report['modules'])} modules are dead: their update is "

@@ -153,7 +153,7 @@ def _whole(edits: Edits) -> Iterator[str]:
     replaced = {e.fqn: e.replacement for e in edits.by_key.values() if e.replacement is not None}
     if replaced:
         shown = [f"{fqn} ({'×'.join(map(str, t.shape))})" for fqn, t in sorted(replaced.items())]
-        yield f"{len(replaced)} tensors are the adapter's own in full: {some_names(shown)}"
+        yield f"taken in full from the adapter: {some_names(shown)}"
 
 
 def _lay_out(

@@ -130,6 +130,32 @@ def test_a_new_head_that_stayed_frozen_is_saved_and_comes_back(base_dir, tmp_pat
         merge_directory(base_dir, [(tmp_path / "ours", 1.0)], tmp_path / "merged")
 
 
+@pytest.mark.parametrize("targets", [["query"], ["query", "dense"], ["query", "dense", "out_proj"]])
+def test_a_random_head_of_two_linears_comes_back_adapted_or_not(tmp_path, targets):
+    config = transformers.RobertaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=40,
+    )
+    transformers.RobertaForMaskedLM(config).save_pretrained(tmp_path / "base")
+
+    def classifier(seed):
+        torch.manual_seed(seed)
+        return transformers.RobertaForSequenceClassification.from_pretrained(tmp_path / "base")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = LoRA(target_modules=targets, dim=2)(classifier(1))
+        save_adapter(model, tmp_path / "ours")
+        again = load_adapter(classifier(2), tmp_path / "ours")
+    assert torch.equal(logits(again), logits(model))
+    theirs = loaded_by_peft(classifier(3), tmp_path / "ours")
+    torch.testing.assert_close(logits(theirs), logits(model), **TOLERANCE)
+
+
 def test_two_values_of_one_module_are_refused(tmp_path, base_dir):
     saved_by_peft(
         load(base_dir),

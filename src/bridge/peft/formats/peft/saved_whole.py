@@ -89,7 +89,7 @@ def check_whole(adapter: AdapterFile, model: nn.Module, names: Mapping[str, nn.M
         AdapterFileError: A parameter is missing on either side or has another shape.
     """
     parameters = {clean_fqn(name): p for name, p in model.named_parameters(remove_duplicate=False)}
-    lost = {f"{fqn}." for fqn in lost_with_the_base(model)} if adapter.base_weights else set()
+    lost = tuple(f"{fqn}." for fqn in lost_with_the_base(model)) if adapter.base_weights else ()
     for name, tensor in adapter.whole.items():
         if name not in parameters:
             raise AdapterFileError(
@@ -104,7 +104,7 @@ def check_whole(adapter: AdapterFile, model: nn.Module, names: Mapping[str, nn.M
             )
         if parameters[name].is_meta:
             raise AdapterError(f"{name} is on the meta device; load the base weights first")
-        is_base = name in adapter.base_weights and f"{name.rpartition('.')[0]}." not in lost
+        is_base = name in adapter.base_weights and not name.startswith(lost)
         if is_base and not _is_of_same_base(parameters[name], tensor):
             raise AdapterFileError(
                 f"the file adapts {name} and holds other values of it than the model; load it into "

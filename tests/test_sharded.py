@@ -1,11 +1,15 @@
 """FSDP2 over two processes: adapted on meta, sharded, materialised, the same numbers."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from bridge.peft import LoRA, adapter_state_dict
+from bridge.peft import LoRA, adapter_state_dict, save_adapter
+from bridge.peft.formats.peft import read_adapter
 from tests.helpers.ranks import on_ranks
 
 RECIPE = LoRA(dim=4, seed=1)
@@ -43,6 +47,46 @@ def shard_and_compare():
         assert shard.requires_grad == tensor.requires_grad
         if tensor.grad is not None:
             torch.testing.assert_close(shard.grad.full_tensor(), tensor.grad)
+
+
+class WithHead(nn.Module):
+    """A body and a head that is trained in full beside the adapter."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = body(), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def shard_and_save():
+    from torch.distributed.fsdp import fully_shard
+
+    directory = Path(os.environ["ADAPTER_DIRECTORY"])
+    torch.manual_seed(0)
+    model = LoRA(target_modules=["body.*"], dim=4, seed=1)(WithHead())
+    model.head.requires_grad_(True)
+    head = model.head.weight.detach().clone()
+    fully_shard(model, mesh=dist.init_device_mesh("cpu", (2,)))
+    save_adapter(model, directory)
+    saved = read_adapter(directory)
+    assert torch.equal(saved.whole["head.weight"], head)
+    assert set(saved.whole) == {"head.weight", "head.bias"}
+    assert saved.parsed.modules_to_save == ("head",)
+    # A and B on every rank, the head alone in shards
+    model = LoRA(target_modules=["body.*"], dim=4, seed=1)(WithHead())
+    model.head.requires_grad_(True)
+    head = model.head.weight.detach().clone()
+    fully_shard(model.head, mesh=dist.init_device_mesh("cpu", (2,)))
+    save_adapter(model, directory)
+    assert torch.equal(read_adapter(directory).whole["head.weight"], head)
+
+
+@pytest.mark.distributed
+def test_a_head_trained_beside_a_sharded_adapter_is_gathered_and_saved(tmp_path, monkeypatch):
+    monkeypatch.setenv("ADAPTER_DIRECTORY", str(tmp_path / "adapter"))
+    on_ranks(2, shard_and_save, tmp_path)
 
 
 @pytest.mark.distributed

@@ -11,8 +11,8 @@ from torch.nn.parameter import UninitializedParameter
 
 from bridge.peft.branch.matrix import LoRAMatrix
 from bridge.peft.branch.options import BranchOptions, DropoutPosition, InitMethod
-from bridge.peft.branch.wrapper import AdapterWrapper
-from bridge.peft.errors import AlreadyAdaptedError, UnsupportedLinearError
+from bridge.peft.branch.untouched import check_untouched, foreign_patch
+from bridge.peft.errors import UnsupportedLinearError
 from bridge.peft.ops.dispatch import ComputePath, choose_path, lora_add
 from bridge.peft.ops.reference import add_in_base_dtype
 from bridge.peft.tensors import is_plain, is_sharded
@@ -91,7 +91,7 @@ class LoRAMixin(nn.Module):
             return "its weight is sharded (DTensor); adapt the model before sharding it"
         if weight.device.type == "meta" and "_hf_hook" in vars(module):
             return "its weight is offloaded; load the model without disk or CPU offload"
-        return _foreign_patch(module)
+        return foreign_patch(module)
 
     @classmethod
     def check_copyable(cls, module: nn.Module) -> None:
@@ -295,27 +295,6 @@ class LoRAMixin(nn.Module):
 
 def _has_hooks(matrix: LoRAMatrix) -> bool:
     return bool(matrix._forward_pre_hooks or matrix._forward_hooks or "forward" in vars(matrix))
-
-
-def check_untouched(module: nn.Module) -> None:
-    """Raise unless `module` is a module as its class made it, without an adapter or a patch."""
-    if not isinstance(module, nn.Module):
-        raise UnsupportedLinearError(f"cannot adapt {module!r}: it is not a module; pass a linear")
-    name = type(module).__name__
-    if isinstance(module, LoRAMixin | AdapterWrapper):
-        raise AlreadyAdaptedError(
-            f"{name} is already adapted; start from the base model, or go on with that adapter"
-        )
-    if reason := _foreign_patch(module):
-        raise AlreadyAdaptedError(f"cannot adapt {name}: {reason}")
-
-
-def _foreign_patch(module: nn.Module) -> str | None:
-    # accelerate's hooks stand before a forward, and can stand before the adapted one too
-    own = vars(module)
-    if hasattr(module, "super_fwd") or ("forward" in own and "_hf_hook" not in own):
-        return "its forward is patched on the instance, past the adapter; undo that patch first"
-    return None
 
 
 def _settings(options: BranchOptions) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from bridge.peft.branch.kinds import KINDS
-from bridge.peft.branch.mixin import LoRAMixin, check_untouched
+from bridge.peft.branch.mixin import LoRAMixin
+from bridge.peft.branch.untouched import check_untouched
 from bridge.peft.errors import UnsupportedLinearError
 
 

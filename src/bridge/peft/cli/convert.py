@@ -45,10 +45,10 @@ def command(
         bool, typer.Option("--json", help="Print JSON instead of a table.", show_default=False)
     ] = False,
 ) -> None:
-    """Convert an adapter between PEFT, Megatron and torchtune, and say how each module came about.
+    """Convert an adapter between PEFT, Megatron, torchtune and mlx_lm, and say how, by module.
 
-    A Megatron or torchtune directory keeps the PEFT config beside the tensors, so the way back
-    gives the same files.
+    A directory in another format than PEFT's keeps the PEFT config beside the tensors, so the way
+    back gives the same files.
 
     Example: bridge-peft convert runs/demo --to megatron --output runs/megatron
     """

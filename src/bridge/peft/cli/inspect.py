@@ -11,6 +11,7 @@ import typer
 from bridge.peft.dtypes import dtype_name
 from bridge.peft.formats.peft import AdapterFile, read_adapter
 from bridge.peft.low_rank import norm
+from bridge.peft.model.walk import some_names
 from bridge.peft.natural_order import natural_key
 from bridge.peft.text_table import table
 
@@ -55,6 +56,10 @@ def describe(adapter: AdapterFile) -> dict[str, Any]:
         }
         for fqn, (a, b) in sorted(adapter.tensors.items(), key=lambda item: natural_key(item[0]))
     ]
+    whole = [
+        {"name": name, "shape": list(tensor.shape), "parameters": tensor.numel()}
+        for name, tensor in sorted(adapter.whole.items(), key=lambda item: natural_key(item[0]))
+    ]
     targets = adapter.config["target_modules"]
     return {
         "rank": adapter.parsed.r,
@@ -66,6 +71,7 @@ def describe(adapter: AdapterFile) -> dict[str, Any]:
         "parameters": sum(module["parameters"] for module in modules),
         "dead_modules": [module["fqn"] for module in modules if module["dead"]],
         "modules": modules,
+        "saved_in_full": whole,
     }
 
 
@@ -82,6 +88,10 @@ def _lines(report: dict[str, Any]) -> list[str]:
         "",
         f"{len(report['modules'])} modules, {report['parameters']:,} parameters",
     ]
+    if whole := report["saved_in_full"]:
+        shown = [f"{t['name']} {'×'.join(map(str, t['shape']))}" for t in whole]
+        size = sum(tensor["parameters"] for tensor in whole)
+        lines.append(f"saved in full, {size:,} parameters: {some_names(shown)}")
     if dead:
         lines.append(
             f"warning: {len(dead)} of {len(report['modules'])} modules are dead: their update is "

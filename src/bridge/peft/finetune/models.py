@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from bridge.peft.errors import AdapterError
+from bridge.peft.formats.model_directory import check_no_adapter
 
 # Set before transformers and TRL are imported: a training run reports to nobody.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -54,7 +55,8 @@ def load_config(name: str) -> PreTrainedConfig:
     """Load a model's configuration from a directory or the Hub.
 
     Raises:
-        AdapterError: there is no such model, or it is not a causal language model.
+        AdapterError: there is no such model, it is not a causal language model, or an adapter lies
+            beside it.
     """
     path = Path(name)
     written = "written by save_pretrained"
@@ -64,6 +66,8 @@ def load_config(name: str) -> PreTrainedConfig:
         raise AdapterError(f"{name} is a file; pass the model's directory or a Hub id")
     if path.is_dir() and not (path / "config.json").is_file():
         raise AdapterError(f"{name} holds no config.json; pass a directory {written}")
+    if path.is_dir():
+        check_no_adapter(path)
     if not path.exists() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
         raise AdapterError(f"no model directory {name}; pass one {written}, or a Hub id")
     try:

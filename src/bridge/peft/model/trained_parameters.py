@@ -1,4 +1,4 @@
-"""Base parameters that were trained whole beside the adapter, and the way back to the base's own.
+"""Base parameters that belong to an adapter as a whole, and the way back to the base's own.
 
 An adapter file may bring a new output head or new biases. They replace the base's parameters; the
 originals stay on the module, so that `disable_adapters` still gives the base.
@@ -7,38 +7,55 @@ originals stay on the module, so that `disable_adapters` still gives the base.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.branch.wrapper import AdapterWrapper
-from bridge.peft.model.walk import clean_fqn
+from bridge.peft.model.pretrained import random_modules
+from bridge.peft.model.walk import clean_fqn, input_embedding, output_head
 
 _ORIGINALS = "parameters_before_adapter"
 
 
-def replace_parameters(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Give base parameters new, trainable values, in place; a tied parameter is untied.
+def replace_parameters(
+    model: nn.Module, values: Mapping[str, Tensor], frozen: Collection[str] = ()
+) -> None:
+    """Give base parameters new values, in place.
+
+    Tied parameters stay tied where all of them get one and the same value.
 
     Args:
         model: The model, not wrapped.
         values: By fully qualified name, of the parameters' shapes; cast to their dtypes.
+        frozen: Names of those that are not trained further.
     """
     modules = {clean_fqn(fqn): module for fqn, module in model.named_modules()}
     uses = Counter(id(p) for m in model.modules() for p in m._parameters.values())
-    for fqn, value in values.items():
+    groups: dict[int, list[tuple[nn.Module, str, str]]] = {}
+    for fqn in values:
         owner, _, name = fqn.rpartition(".")
-        module = modules[owner]
+        groups.setdefault(id(modules[owner]._parameters[name]), []).append(
+            (modules[owner], name, fqn)
+        )
+    for group in groups.values():
+        module, name, first = group[0]
         old = module._parameters[name]
         assert old is not None
-        if uses[id(old)] > 1:
+        is_one = all(torch.equal(values[fqn], values[first]) for _, _, fqn in group)
+        if uses[id(old)] > len(group) or not is_one:
             forget_tie(model)
-        module.__dict__.setdefault(_ORIGINALS, {}).setdefault(name, old)
-        # a copy, so that the parameter shares nothing with the caller's tensor
-        new = value.detach().to(old.device, old.dtype, copy=True)
-        module._parameters[name] = nn.Parameter(new, requires_grad=True)
+        new: nn.Parameter | None = None
+        for module, name, fqn in group:
+            module.__dict__.setdefault(_ORIGINALS, {}).setdefault(name, old)
+            if new is None or not is_one:
+                # a copy, so that the parameter shares nothing with the caller's tensor
+                copied = values[fqn].detach().to(old.device, old.dtype, copy=True)
+                new = nn.Parameter(copied, requires_grad=fqn not in frozen)
+            module._parameters[name] = new
 
 
 def forget_tie(model: nn.Module) -> None:
@@ -74,6 +91,37 @@ def trained_whole(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]
             if parameter.requires_grad or name in replaced:
                 found[f"{clean_fqn(fqn)}.{name}".lstrip(".")] = (module, parameter)
     return found
+
+
+def lost_with_the_base(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that the base's checkpoint cannot give again: random, or of a new vocabulary.
+
+    Args:
+        model: A model, not wrapped.
+
+    Returns:
+        By fully qualified name.
+    """
+    found = random_modules(model)
+    if _has_new_vocabulary(model):
+        names = {module: clean_fqn(fqn) for fqn, module in model.named_modules()}
+        ends = (input_embedding(model), output_head(model))
+        found |= {names[module]: module for module in ends if module is not None}
+    return found
+
+
+def _has_new_vocabulary(model: nn.Module) -> bool:
+    """Whether the vocabulary was resized since loading, so far as the base's config tells."""
+    config, embedding = getattr(model, "config", None), input_embedding(model)
+    path = getattr(config, "_name_or_path", None)
+    if not path or not isinstance(embedding, nn.Embedding):
+        return False
+    try:
+        base = type(config).from_pretrained(path, local_files_only=True)  # pyright: ignore
+        size = base.get_text_config().vocab_size
+    except Exception:  # no such file here, or a config of another kind: nothing is known
+        return False
+    return size != embedding.weight.shape[0]
 
 
 @contextmanager

@@ -8,13 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from bridge.peft.errors import AdapterError, AdapterFileError
 from bridge.peft.formats.convert.converted import Step
 from bridge.peft.formats.convert.layout import AttentionLayout
 from bridge.peft.formats.convert.megatron import from_megatron, to_megatron
+from bridge.peft.formats.convert.mlx import TENSORS_NAME as MLX_TENSORS_NAME
+from bridge.peft.formats.convert.mlx import from_mlx, to_mlx
 from bridge.peft.formats.convert.plain import from_plain
 from bridge.peft.formats.convert.torchtune import from_torchtune, to_torchtune
-from bridge.peft.formats.files.atomic import write_files
+from bridge.peft.formats.files.adapter_tensors import read_adapter_tensors
+from bridge.peft.formats.files.atomic import current_path, write_files
 from bridge.peft.formats.files.safetensors_file import read_tensors, serialize
 from bridge.peft.formats.files.untrusted import (
     CONFIG_NAME,
@@ -26,7 +31,6 @@ from bridge.peft.formats.files.untrusted import (
     reading,
 )
 from bridge.peft.formats.peft.adapter_file import (
-    KEY_PREFIX,
     AdapterFile,
     adapter_from,
     check_new,
@@ -34,11 +38,13 @@ from bridge.peft.formats.peft.adapter_file import (
     write_adapter,
 )
 from bridge.peft.formats.peft.extra import read_extra
-from bridge.peft.formats.peft.fields import is_number
+from bridge.peft.formats.peft.fields import is_mlx, is_number
+from bridge.peft.formats.peft.keys import KEY_PREFIX
 from bridge.peft.version import __version__
 
 #: What can be written.
-TARGETS = ("peft", "megatron", "torchtune")
+TARGETS = ("peft", "megatron", "torchtune", "mlx")
+_PEFT_ENDS = (".lora_A.weight", ".lora_B.weight")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -104,12 +110,19 @@ def convert_adapter(
     layout = layout or (base and AttentionLayout.of_model(base))
     if layout is None:
         raise _no_layout()
-    if target == "megatron":
-        converted = to_megatron(adapter, layout, rank)
-    else:
-        converted = to_torchtune(adapter, layout)
+    match target:
+        case "megatron":
+            converted = to_megatron(adapter, layout, rank)
+        case "torchtune":
+            converted = to_torchtune(adapter, layout)
+        case _:
+            converted = to_mlx(adapter, layout)
     extra = {"bridge_peft_version": __version__, **converted.extra}
-    write_files(output, {TENSORS_NAME: serialize(converted.tensors), EXTRA_NAME: json_bytes(extra)})
+    files = {EXTRA_NAME: json_bytes(extra)}
+    if converted.config:
+        files[CONFIG_NAME] = json_bytes(converted.config)
+    tensors_name = MLX_TENSORS_NAME if target == "mlx" else TENSORS_NAME
+    write_files(output, {tensors_name: serialize(converted.tensors), **files})
     return Conversion(
         source=source,
         target=target,
@@ -131,8 +144,7 @@ def detect_format(keys: Collection[str]) -> str:
     """
     if any(key.endswith(".adapter.linear_in.weight") and "decoder.layers." in key for key in keys):
         return "megatron"
-    ends = (".lora_A.weight", ".lora_B.weight")
-    if any(key.startswith(KEY_PREFIX) and key.endswith(ends) for key in keys):
+    if any(key.startswith(KEY_PREFIX) and key.endswith(_PEFT_ENDS) for key in keys):
         return "peft"
     tune = (".attn.", ".mlp.w1.", ".mlp.w2.", ".mlp.w3.")
     if any(
@@ -140,8 +152,7 @@ def detect_format(keys: Collection[str]) -> str:
         for key in keys
     ):
         return "torchtune"
-    plain = ("lora_a", "lora_A", "lora_A.default", "linear_in")
-    if any(key.endswith(tuple(f".{name}.weight" for name in plain)) for key in keys):
+    if any(".lora_" in key or ".linear_in." in key for key in keys):
         return "plain"
     some = ", ".join(repr(key[:60]) for key in list(keys)[:3])
     raise AdapterFileError(f"the file is not an adapter in a known format (keys: {some or 'none'})")
@@ -150,19 +161,24 @@ def detect_format(keys: Collection[str]) -> str:
 def _read(
     path: Path, layout: AttentionLayout | None, alpha: float | None
 ) -> tuple[str, AdapterFile, list[Step], AttentionLayout | None]:
-    file = _find_file(path)
-    tensors = read_tensors(file)
-    source = detect_format(tensors)
-    extra = read_extra(file.parent)
-    if source == "peft" and (path / CONFIG_NAME).exists():
-        if alpha is not None:
-            raise AdapterError("alpha is given, and the adapter's config says it; leave it out")
-        warn_if_interrupted(path)
-        adapter = adapter_from(read_json(checked_path(path, CONFIG_NAME)), extra, tensors)
-        steps = [Step(name=fqn, how="unchanged") for fqn in adapter.tensors]
-        return source, adapter, steps, layout
+    tensors = _read_tensors(path)
+    directory = path if path.is_dir() else path.parent
+    extra = read_extra(directory)
     if layout is None and "layout" in extra:
         layout = AttentionLayout.from_dict(extra["layout"])
+    config = None
+    if current_path(directory, CONFIG_NAME).exists():
+        warn_if_interrupted(directory)
+        config = read_json(checked_path(directory, CONFIG_NAME))
+    if config is not None and is_mlx(config):
+        adapter, steps = from_mlx(tensors, config, extra, layout)
+        return "mlx", _with_alpha(adapter, alpha), steps, layout
+    source = detect_format(tensors)
+    if source in ("peft", "plain") and config is not None:
+        adapter = adapter_from(config, extra, tensors)
+        how = "unchanged" if source == "peft" else "renamed"
+        steps = [Step(name=fqn, how=how) for fqn in adapter.tensors]
+        return source, _with_alpha(adapter, alpha), steps, layout
     alpha = _alpha(extra, alpha)
     if source in ("peft", "plain"):
         return "plain", *from_plain(tensors, extra, alpha), layout
@@ -170,6 +186,17 @@ def _read(
         raise _no_layout()
     read = from_megatron if source == "megatron" else from_torchtune
     return source, *read(tensors, extra, layout, alpha), layout
+
+
+def _with_alpha(adapter: AdapterFile, alpha: float | None) -> AdapterFile:
+    """The adapter, unless another alpha is given than its config says."""
+    says = {adapter.alpha(fqn) for fqn in adapter.tensors}
+    if alpha is not None and says != {alpha}:
+        raise AdapterError(
+            f"alpha {alpha:g} is given, and the adapter's config says "
+            f"{', '.join(f'{a:g}' for a in sorted(says)[:5])}; leave it out"
+        )
+    return adapter
 
 
 def _named_base(adapter: AdapterFile) -> Path | None:
@@ -188,25 +215,28 @@ def _named_base(adapter: AdapterFile) -> Path | None:
     return None
 
 
-def _find_file(path: Path) -> Path:
-    """The one safetensors file of the input."""
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of the input, in one safetensors file or in those of one adapter."""
     if path.is_file():
         if path.suffix != ".safetensors":
             raise AdapterFileError(
                 f"{path} is not a .safetensors file, and others are not opened (a pickle can run "
                 "any program); save it with safetensors.torch.save_file where it was trained"
             )
-        return path
+        return read_tensors(path)
     if not path.is_dir():
         raise AdapterFileError(f"{path} does not exist; pass an adapter's directory or file")
     names = sorted(p.name for p in path.iterdir())
     files = [name for name in names if name.endswith(".safetensors") and name.isprintable()]
-    if TENSORS_NAME in files or (not files and not any(n.endswith(_PICKLES) for n in names)):
-        return checked_path(path, TENSORS_NAME)
+    if TENSORS_NAME not in files and MLX_TENSORS_NAME in files:
+        files = [MLX_TENSORS_NAME]  # checkpoints of other steps may lie beside it
     if len(files) == 1:
-        return checked_path(path, files[0])
-    what = "several safetensors files" if files else "only pickles, which can run any program"
-    raise AdapterFileError(f"{path} holds {what}; pass the adapter's safetensors file itself")
+        return read_tensors(checked_path(path, files[0]))
+    pickles = not files and any(name.endswith(_PICKLES) for name in names)
+    if pickles or (files and not any(name.startswith("adapter_model") for name in files)):
+        what = "only pickles, which can run any program" if pickles else "several safetensors files"
+        raise AdapterFileError(f"{path} holds {what}; pass the adapter's safetensors file itself")
+    return read_adapter_tensors(path)
 
 
 def _alpha(extra: Mapping[str, Any], alpha: float | None) -> float:
@@ -220,6 +250,6 @@ def _alpha(extra: Mapping[str, Any], alpha: float | None) -> float:
 
 def _no_layout() -> AdapterError:
     return AdapterError(
-        "fusing and permuting rows needs the number of heads, which the adapter does not say; pass "
+        "this format needs the number of heads and layers, which the adapter does not say; pass "
         "the base model's directory or its config.json (--model)"
     )

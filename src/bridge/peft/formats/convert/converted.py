@@ -41,11 +41,13 @@ class Converted:
         tensors: By the format's own keys.
         extra: What goes into `bridge_adapter.json`: what the tensors do not say.
         steps: What was done, module by module.
+        config: What goes into `adapter_config.json`, if the format has one.
     """
 
     tensors: dict[str, Tensor]
     extra: dict[str, Any]
     steps: list[Step]
+    config: dict[str, Any] | None = None
 
 
 def extra_of(
@@ -123,53 +125,6 @@ def prefix_of(extra: Mapping[str, Any]) -> str:
     if not isinstance(prefix, str) or not re.fullmatch(r"(?:[\w-]{1,200}\.){0,9}", prefix):
         raise AdapterFileError(f"bridge_adapter.json: prefix must be a name, got {prefix!r:.80}")
     return prefix
-
-
-class Halves:
-    """A and B by module, put together as they come out of a file."""
-
-    def __init__(self) -> None:
-        self._found: dict[str, dict[str, Tensor]] = {}
-
-    def add(self, name: str, half: str, tensor: Tensor, key: str) -> None:
-        """Take one of the two matrices.
-
-        Args:
-            name: The module.
-            half: `"a"` or `"b"`.
-            tensor: The matrix.
-            key: Its key in the file, for messages.
-
-        Raises:
-            AdapterFileError: It is there already, or is not a matrix.
-        """
-        if half in self._found.setdefault(name, {}):
-            raise AdapterFileError(
-                f"{key[:80]!r} stands for a matrix that another key has given; remove one"
-            )
-        if tensor.dim() != 2 or not tensor.numel():
-            raise AdapterFileError(f"{key[:80]!r} is not a matrix; save the adapter again")
-        self._found[name][half] = tensor
-
-    def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """A and B of each module, of one rank.
-
-        Raises:
-            AdapterFileError: One of the two is missing, or they do not fit each other.
-        """
-        for name, half in self._found.items():
-            shapes = {letter: tuple(tensor.shape) for letter, tensor in half.items()}
-            match shapes:
-                case {"a": (rank, _), "b": (_, columns)} if rank == columns:
-                    pass
-                case _:
-                    raise AdapterFileError(
-                        f"{name}: A and B do not make a pair (shapes {shapes}); save the adapter "
-                        "again"
-                    )
-        if not self._found:
-            raise AdapterFileError("the file holds no A and B; pass an adapter's file")
-        return {name: (half["a"], half["b"]) for name, half in self._found.items()}
 
 
 def restored(

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from bridge.peft.errors import AdapterFileError
-from bridge.peft.formats.convert.converted import Halves, places
+from bridge.peft.formats.convert.converted import places
 from bridge.peft.formats.peft.adapter_file import AdapterFile
+from bridge.peft.formats.peft.keys import Halves
 
 Pair = tuple[Tensor, Tensor]
 
@@ -72,6 +73,6 @@ def read_pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, str, Pair]
             )
         layer, fused = int(match["layer"]), match["fused"]
         name = f"decoder.layers.{layer}.{fused}"
-        halves.add(name, "a" if match["side"] == "in" else "b", tensor, key)
+        halves.add(name, "A" if match["side"] == "in" else "B", tensor, key)
         where[name] = (layer, fused)
     return {name: (*where[name], pair) for name, pair in halves.pairs().items()}

@@ -1,26 +1,15 @@
-"""Bare state dicts of A and B under a model's own names, with no config.
-
-….q_proj.lora_a.weight            ours (`adapter_state_dict`), Automodel's
-….q_proj.lora_A[.default].weight  PEFT's, as they are in a live model
-….q_proj.linear_in.weight         of the layers in version 0.2 and earlier of Megatron-Bridge
-….q_proj.adapter.linear_in.weight wrapped in `LoRALinear`
-"""
+"""Bare state dicts of A and B under a model's own names, with no config."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from bridge.peft.formats.convert.converted import Halves, Step, restored
+from bridge.peft.formats.convert.converted import Step, restored
 from bridge.peft.formats.peft.adapter_file import AdapterFile
-
-_KEY = re.compile(
-    r"(?:base_model\.model\.)?(?P<fqn>.+?)\.(?:adapter\.)?"
-    r"(?:lora_(?P<m>[abAB])(?:\.default)?|linear_(?P<side>in|out))\.weight"
-)
+from bridge.peft.formats.peft.keys import split_keys
 
 
 def from_plain(
@@ -36,23 +25,10 @@ def from_plain(
     Raises:
         AdapterFileError: There is no A and B, or they do not make pairs.
     """
-    halves = Halves()
-    left_out: list[str] = []
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key) if len(key) < 1000 else None
-        if match is None:
-            left_out.append(key)
-            continue
-        letter = match["m"].lower() if match["m"] else {"in": "a", "out": "b"}[match["side"]]
-        halves.add(match["fqn"], letter, tensor, key)
-    pairs = halves.pairs()
+    pairs, rest = split_keys(tensors)
     scales = {fqn: alpha / a.shape[0] for fqn, (a, _) in pairs.items()}
     steps = [Step(name=fqn, how="renamed") for fqn in pairs]
-    if left_out:
-        how = (
-            f"left out with {len(left_out) - 1} more: neither A nor B"
-            if left_out[1:]
-            else "left out"
-        )
-        steps.append(Step(name=left_out[0], how=how))
+    if rest:
+        more = f" with {len(rest) - 1} more: neither A nor B" if len(rest) > 1 else ""
+        steps.append(Step(name=next(iter(rest)), how=f"left out{more}"))
     return restored(pairs, scales, extra, None), steps

@@ -17,7 +17,6 @@ from torch import Tensor
 from bridge.peft.errors import AdapterError, AdapterFileError
 from bridge.peft.formats.convert.converted import (
     Converted,
-    Halves,
     Step,
     extra_of,
     places,
@@ -26,6 +25,7 @@ from bridge.peft.formats.convert.converted import (
 )
 from bridge.peft.formats.convert.layout import AttentionLayout, interleave_halves, part_halves
 from bridge.peft.formats.peft.adapter_file import AdapterFile
+from bridge.peft.formats.peft.keys import Halves
 
 #: By PEFT's name of a part of a layer.
 NAMES = {
@@ -104,7 +104,7 @@ def from_torchtune(
                 f"{key[:80]!r} is not a key of a torchtune adapter of a Llama type model; remove it"
             )
         fqn = f"{prefix}layers.{match['layer']}.{_BACK[name]}" if match["layer"] else _HEAD
-        halves.add(fqn, match["m"], tensor, key)
+        halves.add(fqn, match["m"].upper(), tensor, key)
     pairs = halves.pairs()
     for fqn, (a, b) in pairs.items():
         name = NAMES.get(".".join(fqn.rsplit(".", 2)[1:]), "")

@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from bridge.peft.errors import AdapterFileError
+from bridge.peft.formats.files.adapter_tensors import read_adapter_tensors
 from bridge.peft.formats.files.atomic import COMMITTED, write_files
-from bridge.peft.formats.files.safetensors_file import read_tensors, serialize
+from bridge.peft.formats.files.safetensors_file import serialize
 from bridge.peft.formats.files.untrusted import (
     CONFIG_NAME,
     EXTRA_NAME,
@@ -26,14 +27,14 @@ from bridge.peft.formats.files.untrusted import (
 )
 from bridge.peft.formats.peft.config import PeftConfig, parse_config, scale_of
 from bridge.peft.formats.peft.extra import check_extra, read_extra
+from bridge.peft.formats.peft.fields import check_method
+from bridge.peft.formats.peft.keys import KEY_PREFIX, MAX_NAME_LENGTH, split_keys
 
-KEY_PREFIX = "base_model.model."
 _SUFFIXES = (".lora_A.weight", ".lora_B.weight")
 #: Where PEFT puts the base's own parameters of an adapted module.
 _BASE = ".base_layer."
 #: Saved by PEFT without a word in the config, when the vocabulary was resized or they are adapted.
 _EMBEDDINGS = frozenset(("embed_tokens", "lm_head", "wte", "shared", "word_embeddings"))
-MAX_NAME_LENGTH = 1_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +48,14 @@ class AdapterFile:
         extra: `bridge_adapter.json`: what a PEFT config has no field for; empty without that file.
         whole: Tensors saved whole (`modules_to_save`, `bias`), by their name in the base model.
             Beside an adapted output head PEFT also saves the base's weight of it.
+        names_in_file: The file's name of each module that has another in the model.
     """
 
     config: dict[str, Any]
     tensors: dict[str, tuple[Tensor, Tensor]]
     extra: dict[str, Any] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)
+    names_in_file: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def parsed(self) -> PeftConfig:
@@ -66,12 +69,26 @@ class AdapterFile:
     @cached_property
     def _alphas(self) -> dict[str, float]:
         pattern, default = self.parsed.alpha_pattern, self.parsed.lora_alpha
-        return {fqn: pattern.value(fqn, default) for fqn in self.tensors}
+        return {fqn: pattern.value(self.name_in_file(fqn), default) for fqn in self.tensors}
 
     @property
     def base_weights(self) -> set[str]:
         """Names in `whole` that are weights of adapted modules: the base's own, not new ones."""
         return self.whole.keys() & {f"{fqn}.weight" for fqn in self.tensors}
+
+    def name_in_file(self, fqn: str) -> str:
+        """The name that the config means a module by."""
+        return self.names_in_file.get(fqn, fqn)
+
+    def shapes(self) -> dict[str, tuple[int, ...] | None]:
+        """The shape (out_features, in_features) of every adapted weight, and of what is whole."""
+        adapted = {f"{f}.weight": (b.shape[0], a.shape[1]) for f, (a, b) in self.tensors.items()}
+        return adapted | {name: tuple(t.shape) for name, t in self.whole.items()}
+
+    @property
+    def frozen(self) -> set[str]:
+        """Names in `whole` that were not trained: saved because the base may not have them."""
+        return {name for name in self.whole if not _is_trained(name, self.parsed)}
 
     def rank(self, fqn: str) -> int:
         """The rank of one module: that of its tensors."""
@@ -103,8 +120,9 @@ def read_adapter(directory: str | Path) -> AdapterFile:
             )
         warn_if_interrupted(directory)
         config = read_json(checked_path(directory, CONFIG_NAME))
+        check_method(config)
         extra = read_extra(directory)
-        tensors = read_tensors(checked_path(directory, TENSORS_NAME))
+        tensors = read_adapter_tensors(directory)
     return adapter_from(config, extra, tensors)
 
 
@@ -158,8 +176,8 @@ def check_adapter(adapter: AdapterFile) -> None:
         _check_shapes(parsed, fqn, a, b)
         if parsed.target_modules is not None and not parsed.is_target(fqn):
             raise AdapterFileError(
-                f"the file has tensors for {fqn}, which target_modules does not match; fix "
-                "target_modules or save the adapter again"
+                f"the file has tensors for {fqn}, which target_modules does not match; save the "
+                "adapter again"
             )
 
 
@@ -206,48 +224,6 @@ def write_adapter(adapter: AdapterFile, directory: str | Path) -> Path:
     return directory
 
 
-def split_keys(
-    tensors: Mapping[str, Tensor],
-) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Sort the tensors of a PEFT file by module.
-
-    Keys are cut at their ends only, so modules may be called `lora_A`, `weight` or `base_model`.
-
-    Args:
-        tensors: By key of the file.
-
-    Returns:
-        A and B by module, and the other tensors by name.
-
-    Raises:
-        AdapterFileError: A key is not below PEFT's prefix, or one of A and B is missing.
-    """
-    halves: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-    rest: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        name = key.removeprefix(KEY_PREFIX)
-        if name == key or len(name) > MAX_NAME_LENGTH:
-            raise AdapterFileError(
-                f"{TENSORS_NAME} holds {key[:80]!r}, which is not a name below {KEY_PREFIX!r}; if "
-                "another tool wrote it, bridge-peft convert may read it"
-            )
-        for half, suffix in zip(halves, _SUFFIXES, strict=True):
-            if name.endswith(suffix):
-                half[name.removesuffix(suffix)] = tensor
-                break
-        else:
-            rest[name] = tensor
-    for (letter, half), other in zip(zip("AB", halves, strict=True), reversed(halves), strict=True):
-        if single := sorted(half.keys() - other.keys()):
-            raise AdapterFileError(
-                f"{TENSORS_NAME} holds only the {letter} of {single[0]} ({len(single)} such "
-                "modules); save the adapter again"
-            )
-    if not halves[0]:
-        raise AdapterFileError(f"{TENSORS_NAME} holds no LoRA tensor; save the adapter again")
-    return {fqn: (halves[0][fqn], halves[1][fqn]) for fqn in halves[0]}, rest
-
-
 def _whole_tensors(
     rest: Mapping[str, Tensor], adapted: Collection[str], config: PeftConfig
 ) -> dict[str, Tensor]:
@@ -255,26 +231,35 @@ def _whole_tensors(
     whole: dict[str, Tensor] = {}
     for name, tensor in rest.items():
         fqn, found, last = name.rpartition(_BASE)
-        name = f"{fqn}.{last}" if found and fqn in adapted else name
-        if not _is_declared(name, config):
+        is_base = found and fqn in adapted
+        name = f"{fqn}.{last}" if is_base else name
+        if not (is_base or is_vocabulary(name) or _is_trained(name, config)):
             raise AdapterFileError(
                 f"{TENSORS_NAME} holds {name!r}, which is neither an A or B of a linear nor "
-                "covered by modules_to_save or bias; remove it, or name its module there"
+                "covered by modules_to_save or bias; save the adapter again"
             )
         whole[name] = tensor
     return whole
 
 
-def _is_declared(name: str, config: PeftConfig) -> bool:
+def is_vocabulary(name: str) -> bool:
+    """Whether a tensor is one that PEFT saves without a word in the config.
+
+    Args:
+        name: Its name in the base model.
+    """
+    parts = name.split(".")
+    return len(parts) > 1 and parts[-2] in _EMBEDDINGS and parts[-1] == "weight"
+
+
+def _is_trained(name: str, config: PeftConfig) -> bool:
     """Whether the config accounts for a tensor that is neither A nor B."""
     if config.bias != "none" and name.endswith(".bias"):
         return True
     parts = name.split(".")
     owners = [".".join(parts[:i]) for i in range(1, len(parts))]
     # PEFT takes the ends of names as they are, dots or not
-    if any(owner.endswith(saved) for owner in owners for saved in config.modules_to_save):
-        return True
-    return len(parts) > 1 and parts[-2] in _EMBEDDINGS and parts[-1] == "weight"
+    return any(owner.endswith(saved) for owner in owners for saved in config.modules_to_save)
 
 
 def _whole_key(name: str, adapter: AdapterFile) -> str:
@@ -287,5 +272,5 @@ def _check_shapes(config: PeftConfig, fqn: str, a: Tensor, b: Tensor) -> None:
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != rank or b.shape[1] != rank:
         raise AdapterFileError(
             f"{fqn}: the config gives it rank {rank}, the file A {tuple(a.shape)} and B "
-            f"{tuple(b.shape)}; fix r or rank_pattern, or save the adapter again"
+            f"{tuple(b.shape)}; save the adapter again"
         )

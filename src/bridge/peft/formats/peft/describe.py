@@ -14,6 +14,7 @@ from bridge.peft.formats.peft.config import alpha_for, new_config, scale_of
 from bridge.peft.formats.peft.fingerprint import fingerprint
 from bridge.peft.formats.peft.names import choose_targets
 from bridge.peft.formats.peft.saved_whole import whole_of
+from bridge.peft.model.participation import check_still_adapted
 from bridge.peft.model.walk import adapted_modules, base_modules, unwrap
 from bridge.peft.tensors import full_tensor
 from bridge.peft.version import __version__
@@ -29,6 +30,7 @@ def adapter_of(model: nn.Module) -> AdapterFile:
         AdapterError: The model has no adapters, or something that a PEFT file cannot hold.
     """
     root = unwrap(model)
+    check_still_adapted(root)
     layers = _layers(root)
     others = [fqn for fqn in base_modules(root) if fqn and fqn not in layers]
     use_rslora, alphas = _scaling(layers)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from bridge.peft.errors import AdapterFileError
+from bridge.peft.model.walk import some_names
 
 #: Largest rank that a file may ask for.
 MAX_RANK = 65_536
@@ -21,20 +23,18 @@ _IGNORED = frozenset(
     (
         *("auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core"),
         *("peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config"),
-        *("task_type", "eva_config"),
+        # each belongs to an initialisation, which says itself whether the base was changed
+        *("task_type", "eva_config", "corda_config", "loftq_config", "lora_ga_config"),
     )
 )
 #: Fields that must stay off, and what they would switch on.
 _REFUSED = {
     "alora_invocation_tokens": "activated LoRA (aLoRA)",
     "arrow_config": "Arrow routing",
-    "corda_config": "CorDA",
     "ensure_weight_tying": "adapters tied between modules",
     "kasa_config": "KaSA",
     "layer_replication": "replicated layers",
-    "loftq_config": "LoftQ, which changes the base weights",
     "lora_bias": "a bias on B",
-    "lora_ga_config": "LoRA-GA, which changes the base weights",
     "megatron_config": "Megatron parallel layers",
     "monteclora_config": "Monte Carlo LoRA",
     "target_parameters": "adapters on parameters that are not a linear's weight",
@@ -45,7 +45,7 @@ _REFUSED = {
     "velora_config": "VeLoRA",
 }
 #: `init_lora_weights` that leave the base as it is; what A and B are the file says anyway.
-_HARMLESS_INITS = ("gaussian", "eva", "orthogonal")
+_HARMLESS_INITS = ("gaussian", "eva", "mica", "orthogonal")
 
 
 def is_number(value: Any) -> bool:
@@ -118,6 +118,32 @@ _REGEX_OR_NAMES = ("target_modules", "exclude_modules")
 _HONOURED = frozenset((*_VALUES, *_LISTS, *_PATTERNS))
 
 
+def is_mlx(config: Mapping[str, Any]) -> bool:
+    """Whether a decoded `adapter_config.json` is one of mlx_lm.
+
+    Args:
+        config: The decoded file.
+    """
+    return "peft_type" not in config and ("lora_parameters" in config or "num_layers" in config)
+
+
+def check_method(config: Mapping[str, Any]) -> None:
+    """Raise `AdapterFileError` unless a config is one of PEFT's for LoRA.
+
+    Args:
+        config: The decoded file.
+    """
+    if is_mlx(config):
+        raise AdapterFileError(
+            "the adapter is in the format of mlx_lm; bridge-peft convert DIR --to peft reads it"
+        )
+    if config.get("peft_type") != "LORA":
+        raise AdapterFileError(
+            f"adapter_config.json: peft_type is {_show(config.get('peft_type'))}; only 'LORA' can "
+            "be read"
+        )
+
+
 def checked_fields(config: dict[str, Any]) -> dict[str, Any]:
     """The fields of a config that are honoured, but those at null; lists as tuples.
 
@@ -127,11 +153,7 @@ def checked_fields(config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         AdapterFileError: A value is of a wrong kind, or a field cannot be honoured.
     """
-    if config.get("peft_type") != "LORA":
-        raise AdapterFileError(
-            f"adapter_config.json: peft_type is {_show(config.get('peft_type'))}; only 'LORA' can "
-            "be read"
-        )
+    check_method(config)
     _refuse_what_cannot_be_honoured(config)
     given = {name: value for name, value in config.items() if value is not None}
     fields: dict[str, Any] = {}
@@ -174,23 +196,30 @@ def _checked(name: str, value: Any, check: _Check) -> Any:
 
 
 def _refuse_what_cannot_be_honoured(config: dict[str, Any]) -> None:
+    unknown: list[str] = []
     for name, value in config.items():
         if name in _HONOURED or name in _IGNORED or name == "init_lora_weights":
             continue
         if value in (None, False, "", [], {}):
             continue
-        shown = name if name.isidentifier() else _show(name)
-        meaning = f"means {_REFUSED[name]}, which" if name in _REFUSED else "is a field that"
-        raise AdapterFileError(
-            f"adapter_config.json: {shown}={_show(value)} {meaning} cannot be honoured here; merge "
-            "the adapter with the tool that made it"
-        )
+        if name in _REFUSED:
+            raise AdapterFileError(
+                f"adapter_config.json: {name}={_show(value)} means {_REFUSED[name]}, which is not "
+                "supported yet; merge the adapter with the tool that made it"
+            )
+        unknown.append(name if name.isidentifier() else _show(name))
     init = config.get("init_lora_weights")
-    if not (init is None or isinstance(init, bool) or init in _HARMLESS_INITS):
+    is_harmless = isinstance(init, str) and init.lower() in _HARMLESS_INITS
+    if not (init is None or isinstance(init, bool) or is_harmless):
         raise AdapterFileError(
             f"adapter_config.json: init_lora_weights={_show(init)} changes the base weights, so "
             "the adapter does not fit the plain base; save it again in PEFT with "
             "path_initial_model_for_weight_conversion"
+        )
+    if unknown:
+        warnings.warn(
+            f"adapter_config.json: {some_names(unknown)}: unknown here and ignored, as PEFT does",
+            stacklevel=2,
         )
 
 

@@ -16,6 +16,7 @@ from bridge.peft.errors import AdapterError, AdapterFileError, AlreadyAdaptedErr
 from bridge.peft.formats.peft.adapter_file import AdapterFile
 from bridge.peft.formats.peft.config import PeftConfig
 from bridge.peft.formats.peft.extra import branch_settings
+from bridge.peft.formats.peft.names import common_part
 from bridge.peft.formats.peft.saved_whole import check_whole
 from bridge.peft.model.trained_parameters import trained_whole
 from bridge.peft.model.walk import adapted_modules, base_modules
@@ -25,12 +26,15 @@ from bridge.peft.targets import output_heads
 Planned = tuple[str, nn.Module, BranchOptions]
 
 
-def plan_load(adapter: AdapterFile, model: nn.Module) -> tuple[list[Planned], bool]:
+def plan_load(
+    adapter: AdapterFile, model: nn.Module, lora_dtype: torch.dtype | None = None
+) -> tuple[list[Planned], bool]:
     """Check a file against a model; touches nothing.
 
     Args:
-        adapter: The file.
+        adapter: The file, under the model's names (`placed`).
         model: The model, not wrapped.
+        lora_dtype: Dtype of A and B; None is float32, float64 where the file's are.
 
     Returns:
         The modules to load into, and whether they are adapted already.
@@ -43,6 +47,10 @@ def plan_load(adapter: AdapterFile, model: nn.Module) -> tuple[list[Planned], bo
     names = base_modules(model)
     if present:
         _check_same_adapter(adapter, present, model)
+        if lora_dtype is not None:
+            raise AlreadyAdaptedError(
+                "lora_dtype is that of a new adapter, and the model carries one; leave it out"
+            )
     else:
         _check_targets(adapter, names, model)
     check_whole(adapter, model, names)
@@ -51,7 +59,7 @@ def plan_load(adapter: AdapterFile, model: nn.Module) -> tuple[list[Planned], bo
         if not present:
             _check_adaptable(fqn, names[fqn])
         _check_fits(fqn, names[fqn], a, b)
-        planned.append((fqn, names[fqn], _options(adapter, fqn)))
+        planned.append((fqn, names[fqn], _options(adapter, fqn, lora_dtype)))
     return planned, bool(present)
 
 
@@ -89,15 +97,19 @@ def _check_targets(adapter: AdapterFile, names: Mapping[str, nn.Module], root: n
             f"({len(unknown)} of {len(adapter.tensors)} modules are missing); load it into the "
             "model that it was trained on"
         )
-    if without := sorted(matched - adapter.tensors.keys()):
+    # a file of an inner model says nothing of the modules beside that one
+    part = common_part(adapter.names_in_file)
+    without = sorted(fqn for fqn in matched - adapter.tensors.keys() if fqn.startswith(part))
+    if without:
         raise AdapterFileError(
             f"target_modules matches {without[0]}, for which the file has no tensors "
-            f"({len(without)} such modules); fix target_modules or save the adapter again"
+            f"({len(without)} such modules); save the adapter again"
         )
-    if unmatched := sorted(adapter.tensors.keys() - matched):
+    unmatched = sorted(adapter.tensors.keys() - matched - adapter.names_in_file.keys())
+    if unmatched:  # a name that is another in the file was checked there
         raise AdapterFileError(
             f"the file has tensors for {unmatched[0]}, which target_modules does not match "
-            f"({len(unmatched)} such modules); fix target_modules or save the adapter again"
+            f"({len(unmatched)} such modules); save the adapter again"
         )
 
 
@@ -115,13 +127,14 @@ def _targets(config: PeftConfig, names: Mapping[str, nn.Module], model: nn.Modul
     }
 
 
-def _options(adapter: AdapterFile, fqn: str) -> BranchOptions:
+def _options(adapter: AdapterFile, fqn: str, lora_dtype: torch.dtype | None) -> BranchOptions:
     a, b = adapter.tensors[fqn]
-    settings = branch_settings(adapter.extra, fqn, adapter.parsed.lora_dropout)
+    name = adapter.name_in_file(fqn)
+    settings = branch_settings(adapter.extra, name, adapter.parsed.lora_dropout)
     return BranchOptions(
         dim=adapter.rank(fqn),
         alpha=adapter.alpha(fqn),
-        lora_dtype=sound_dtype(torch.promote_types(a.dtype, b.dtype)),
+        lora_dtype=lora_dtype or sound_dtype(torch.promote_types(a.dtype, b.dtype)),
         use_rslora=adapter.parsed.use_rslora,
         **settings,
     )

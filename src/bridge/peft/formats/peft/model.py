@@ -14,6 +14,8 @@ from bridge.peft.formats.peft.adapter_file import AdapterFile, read_adapter, wri
 from bridge.peft.formats.peft.describe import adapter_of
 from bridge.peft.formats.peft.fingerprint import differences
 from bridge.peft.formats.peft.fit import plan_load
+from bridge.peft.formats.peft.places import placed
+from bridge.peft.formats.peft.saved_whole import parameters_saved_whole
 from bridge.peft.lora import Model
 from bridge.peft.model.adapt import Planned, adapt_in_place, check_can_be_adapted
 from bridge.peft.model.trained_parameters import replace_parameters
@@ -26,8 +28,9 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
 
     `adapter_config.json` and `adapter_model.safetensors` are PEFT's; `bridge_adapter.json` beside
     them holds what PEFT has no field for and is ignored by it. Base parameters that are trainable
-    too, or came with a loaded adapter, are saved whole (`modules_to_save`, `bias`). Sharded A and B
-    are gathered, so with those every rank must call; the first one writes.
+    too, came with a loaded adapter, or are in no checkpoint of the base (a new head, the embedding
+    of a new vocabulary) are saved whole (`modules_to_save`, `bias`). Sharded ones are gathered, so
+    with those every rank must call; the first one writes.
 
     Args:
         model: An adapted model, possibly inside `DistributedDataParallel` or compiled.
@@ -40,7 +43,8 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
         AdapterError: The model has no adapters, or the directory cannot be written to.
     """
     adapter = adapter_of(model)
-    parameters = (p for _, m in adapted_modules(model) for p in m.adapter_parameters().values())
+    parameters = [p for _, m in adapted_modules(model) for p in m.adapter_parameters().values()]
+    parameters += [p for _, p in parameters_saved_whole(unwrap(model)).values()]
     if not any(map(is_sharded, parameters)):
         return write_adapter(adapter, directory)
     if torch.distributed.get_rank() == 0:
@@ -49,7 +53,13 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
     return Path(directory)
 
 
-def load_adapter(model: Model, directory: str | Path, *, strict: bool = False) -> Model:
+def load_adapter(
+    model: Model,
+    directory: str | Path,
+    *,
+    strict: bool = False,
+    lora_dtype: torch.dtype | None = None,
+) -> Model:
     """Adapt a base model as the files in `directory` say, in place.
 
     Everything is read and checked against the model first; on an error the model is untouched. A
@@ -59,6 +69,8 @@ def load_adapter(model: Model, directory: str | Path, *, strict: bool = False) -
         model: The base model, its weights loaded.
         directory: A PEFT adapter directory.
         strict: Refuse an adapter that was trained on another base instead of warning.
+        lora_dtype: Dtype of A and B; the default is float32, whatever the file's and the base's, or
+            float64 where the file's are.
 
     Returns:
         The same model.
@@ -67,19 +79,19 @@ def load_adapter(model: Model, directory: str | Path, *, strict: bool = False) -
         AdapterFileError: The files are damaged or do not fit the model.
         AlreadyAdaptedError: The model carries another adapter.
     """
-    adapter = read_adapter(directory)
     root = unwrap(model)
     if next(adapted_modules(root), None) is None:
         check_can_be_adapted(model)
-    planned, present = plan_load(adapter, root)
-    _check_base(adapter, {fqn: module for fqn, module, _ in planned}, strict)
+    adapter = placed(read_adapter(directory), root)
+    planned, present = plan_load(adapter, root, lora_dtype)
+    modules = {adapter.name_in_file(fqn): module for fqn, module, _ in planned}
+    _check_base(adapter, modules, strict)
     tensors = adapter.tensors
     if present:
         _set_values([(module, *tensors[fqn]) for fqn, module, _ in planned])
     else:
         adapt_in_place(root, [Planned(*item, tensors[item[0]]) for item in planned])
-    old = adapter.base_weights
-    replace_parameters(root, {name: t for name, t in adapter.whole.items() if name not in old})
+    replace_parameters(root, adapter.whole, adapter.frozen)
     return model
 
 

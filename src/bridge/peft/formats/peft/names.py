@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Mapping
+from itertools import takewhile
 from typing import Generic, TypeVar
 
 from bridge.peft.formats.peft.regexes import BoundedRegex, Budget, plain_choice
@@ -94,6 +95,16 @@ def name_ends(fqn: str) -> list[str]:
 def ends_in(fqn: str, names: Collection[str]) -> bool:
     """Whether `fqn` is one of the names, or ends in a dot and one of them."""
     return any(end in names for end in name_ends(fqn))
+
+
+def common_part(names: Iterable[str]) -> str:
+    """The dotted beginning that names share; empty if there is none.
+
+    Args:
+        names: Fully qualified names.
+    """
+    columns = zip(*(name.split(".") for name in names), strict=False)
+    return ".".join(parts[0] for parts in takewhile(lambda parts: len({*parts}) == 1, columns))
 
 
 def choose_targets(adapted: Iterable[str], others: Iterable[str]) -> list[str] | str:

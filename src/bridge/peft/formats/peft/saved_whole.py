@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -9,15 +10,35 @@ import torch
 from torch import Tensor, nn
 
 from bridge.peft.errors import AdapterError, AdapterFileError
-from bridge.peft.formats.peft.adapter_file import AdapterFile
-from bridge.peft.model.trained_parameters import trained_whole
-from bridge.peft.model.walk import clean_fqn
+from bridge.peft.formats.peft.adapter_file import AdapterFile, is_vocabulary
+from bridge.peft.model.trained_parameters import lost_with_the_base, trained_whole
+from bridge.peft.model.walk import adapted_modules, clean_fqn, some_names
+from bridge.peft.tensors import full_tensor
+
+
+def parameters_saved_whole(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:
+    """The base parameters that belong into an adapter's file, by name, with their modules.
+
+    Args:
+        model: An adapted model, not wrapped.
+
+    Returns:
+        What is trained or came with an adapter, and what the base's checkpoint cannot give again.
+    """
+    found = trained_whole(model)
+    own = {id(p) for _, m in adapted_modules(model) for p in m.adapter_parameters().values()}
+    for fqn, module in lost_with_the_base(model).items():
+        for name, owner in module.named_modules(prefix=fqn):
+            for last, parameter in owner._parameters.items():
+                if parameter is not None and id(parameter) not in own:
+                    found.setdefault(f"{clean_fqn(name)}.{last}", (owner, parameter))
+    return found
 
 
 def whole_of(
     model: nn.Module, adapted: Collection[str], others: Collection[str]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The base parameters that are trained beside the adapter, and the config fields for them.
+    """What a file holds beside A and B, and the config fields for it.
 
     Args:
         model: An adapted model, not wrapped.
@@ -30,25 +51,28 @@ def whole_of(
     Raises:
         AdapterError: A parameter is trained that a PEFT file has no place for.
     """
-    trained = trained_whole(model)
     whole: dict[str, Tensor] = {}
     modules: dict[str, nn.Module] = {}
     bias = "none"
-    for name, (module, parameter) in trained.items():
+    found = parameters_saved_whole(model)
+    for name, (module, parameter) in found.items():
         fqn, _, last = name.rpartition(".")
         frozen = [p for p in module._parameters.values() if p is not None and not p.requires_grad]
+        whole[name] = full_tensor(parameter)
+        if not parameter.requires_grad and (fqn in adapted or is_vocabulary(name)):
+            continue  # PEFT asks for no field
         if last == "bias" and fqn in adapted:
             bias = "all" if bias == "all" else "lora_only"
-        elif last == "bias" and frozen:
+        elif last == "bias" and frozen and parameter.requires_grad:
             bias = "all"
         else:
             modules[fqn] = module
-        whole[name] = parameter.detach()
+    _warn_of_frozen(found, trained_whole(model))
     fields: dict[str, Any] = {} if bias == "none" else {"bias": bias}
     if modules:
         for fqn, module in modules.items():
             _check_can_be_saved(fqn, module, adapted)
-            whole.update({f"{fqn}.{n}": p.detach() for n, p in module.named_parameters()})
+            whole |= {f"{fqn}.{n}": full_tensor(p) for n, p in module.named_parameters()}
         fields["modules_to_save"] = _choose_names(modules, [*adapted, *others])
     return whole, fields
 
@@ -65,6 +89,7 @@ def check_whole(adapter: AdapterFile, model: nn.Module, names: Mapping[str, nn.M
         AdapterFileError: A parameter is missing on either side or has another shape.
     """
     parameters = {clean_fqn(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+    lost = tuple(f"{fqn}." for fqn in lost_with_the_base(model)) if adapter.base_weights else ()
     for name, tensor in adapter.whole.items():
         if name not in parameters:
             raise AdapterFileError(
@@ -79,7 +104,8 @@ def check_whole(adapter: AdapterFile, model: nn.Module, names: Mapping[str, nn.M
             )
         if parameters[name].is_meta:
             raise AdapterError(f"{name} is on the meta device; load the base weights first")
-        if name in adapter.base_weights and not _same_values(parameters[name], tensor):
+        is_base = name in adapter.base_weights and not name.startswith(lost)
+        if is_base and not _is_of_same_base(parameters[name], tensor):
             raise AdapterFileError(
                 f"the file adapts {name} and holds other values of it than the model; load it into "
                 "the base that it was trained on, or copy the file's values into the model first"
@@ -95,10 +121,20 @@ def check_whole(adapter: AdapterFile, model: nn.Module, names: Mapping[str, nn.M
                 )
 
 
-def _same_values(parameter: Tensor, saved: Tensor) -> bool:
-    """Whether two tensors are the same, one of them perhaps rounded to the other's dtype."""
-    own = parameter.detach().to(saved.device)
+def _is_of_same_base(parameter: Tensor, saved: Tensor) -> bool:
+    """Whether two tensors are the same, one perhaps rounded, but for the rows of new tokens."""
+    half = -(-len(saved) // 2)
+    own, saved = parameter.detach().to(saved.device)[:half], saved[:half]
     return torch.equal(own.to(saved.dtype), saved) or torch.equal(own, saved.to(own.dtype))
+
+
+def _warn_of_frozen(found: Collection[str], trained: Collection[str]) -> None:
+    if frozen := [name for name in found if name not in trained]:
+        warnings.warn(
+            f"saved in full though not trained, because the base's checkpoint does not hold them: "
+            f"{some_names(frozen)}",
+            stacklevel=5,
+        )
 
 
 def _check_can_be_saved(fqn: str, module: nn.Module, adapted: Collection[str]) -> None:

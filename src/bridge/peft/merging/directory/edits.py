@@ -6,13 +6,16 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bridge.peft.errors import AdapterError
 from bridge.peft.formats.files.safetensors_file import FLOATING, Entry
 from bridge.peft.formats.model_directory import Checkpoint
 from bridge.peft.formats.peft import AdapterFile
+from bridge.peft.formats.peft.places import exchanged
 from bridge.peft.merging.rounding import Term
+from bridge.peft.model.walk import some_names
 
 #: Modules that may be one and the same matrix, by the last component of their names.
 _HEADS = ("lm_head", "embed_out", "output_layer", "output", "head", "decoder", "proj_out")
@@ -45,11 +48,13 @@ class Edits:
         by_key: The changed tensors.
         untied: New tensors and the tied one that each starts from.
         heads_differ: The merged model's head is not its embedding, so its config must say so.
+        vocabulary: The number of tokens before and after, where the adapter brings other ones.
     """
 
     by_key: Mapping[str, Edit]
     untied: Mapping[str, str]
     heads_differ: bool
+    vocabulary: tuple[int, int] | None = None
 
 
 def plan_edits(checkpoint: Checkpoint, adapters: _Adapters, *, untie: bool) -> Edits:
@@ -64,15 +69,19 @@ def plan_edits(checkpoint: Checkpoint, adapters: _Adapters, *, untie: bool) -> E
         AdapterError: A module is not in the checkpoint, has another shape, is quantised or tied.
     """
     entries, whole = checkpoint.entries(), _whole_tensors(adapters)
+    alike = _heads_alike(whole)
+    for name in alike - entries.keys():  # the embedding's new values are the head's
+        del whole[name]
     shapes = _shapes(adapters) | {name: tuple(tensor.shape) for name, tensor in whole.items()}
     ties = _tied_heads(checkpoint, entries, shapes)
-    if ties and not untie:
-        name, source = next(iter(ties.items()))
+    are_brought = _embedding_of(whole) is not None  # both with values of their own
+    refused = [name for name in ties if not (untie or (are_brought and name in whole))]
+    if refused:
         raise AdapterError(
-            f"{name} is tied to {source}, which a merge would change too; --untie gives it values "
-            "of its own"
+            f"{refused[0]} is tied to {ties[refused[0]]}, which a merge would change too; --untie "
+            "gives it values of its own"
         )
-    keys = _keys([name for name in shapes if name not in ties], entries)
+    keys = _keys([name for name in shapes if name not in ties], shapes, entries, whole)
     found = {name: entries.get(keys.get(name, name)) or entries[ties[name]] for name in shapes}
     # a shape shows which way round a tensor is stored, unless it is square
     any_turned = any(
@@ -83,15 +92,77 @@ def plan_edits(checkpoint: Checkpoint, adapters: _Adapters, *, untie: bool) -> E
     edits: dict[str, Edit] = {}
     for name, entry in found.items():
         if name in whole:
-            edit = _replacement(checkpoint, name, entry, whole[name])
+            edit = _replacement(name, entry, whole[name])
         else:
             edit = _update(name.removesuffix(".weight"), entry, adapters, any_turned=any_turned)
         edits[keys.get(name, name)] = edit
+    _check_ties(checkpoint, whole, alike)
+    heads = [name for name in shapes if _module_name(name) in _HEADS and name not in alike]
     return Edits(
         edits,
         untied={name: source for name, source in ties.items() if name not in entries},
-        heads_differ=any(_module_name(key) in _HEADS for key in edits),
+        heads_differ=bool(heads),
+        vocabulary=_new_vocabulary(found, whole, entries, edits),
     )
+
+
+def _embedding_of(whole: Mapping[str, Tensor]) -> Tensor | None:
+    """The values of the input embedding among tensors saved whole, if they are there."""
+    names = [name for name in whole if _module_name(name) in _EMBEDDINGS]
+    return whole[names[0]] if len(names) == 1 else None
+
+
+def _heads_alike(whole: Mapping[str, Tensor]) -> set[str]:
+    """The heads saved whole that hold what the embedding saved beside them holds: tied ones."""
+    embedding = _embedding_of(whole)
+    return {
+        name
+        for name, tensor in whole.items()
+        if _module_name(name) in _HEADS and embedding is not None and torch.equal(tensor, embedding)
+    }
+
+
+def _check_ties(checkpoint: Checkpoint, whole: Mapping[str, Tensor], alike: set[str]) -> None:
+    """Refuse a new embedding whose tied head the adapter says nothing of."""
+    if _tie_flag(checkpoint.config) is False or alike:
+        return
+    names = [name for name in whole if _module_name(name) in _EMBEDDINGS]
+    if names and not any(_module_name(name) in _HEADS for name in whole):
+        raise AdapterError(
+            f"the adapter brings a new {names[0]}, which may be tied to the output head; load the "
+            "model and the adapter in Python, merge(model) and save_pretrained"
+        )
+
+
+def _new_vocabulary(
+    found: Mapping[str, Entry],
+    whole: Mapping[str, Tensor],
+    entries: Mapping[str, Entry],
+    edits: Mapping[str, Edit],
+) -> tuple[int, int] | None:
+    """How many tokens there were and are, where embedding or head have other rows."""
+    sizes = {
+        (entry.shape[0], whole[name].shape[0])
+        for name, entry in found.items()
+        if name in whole and tuple(whole[name].shape) != entry.shape
+    }
+    if not sizes:
+        return None
+    old, new = min(sizes)
+    left = [
+        key
+        for key, entry in entries.items()
+        if _module_name(key) in (*_HEADS, *_EMBEDDINGS)
+        and entry.shape[:1] == (old,)
+        and key not in edits
+    ]
+    if len(sizes) > 1 or left:
+        what = f"{left[0]} keeps {old}" if left else "embedding and head differ"
+        raise AdapterError(
+            f"the adapter brings a vocabulary of {new} tokens instead of {old}, and {what}; load "
+            "the model and the adapter in Python, merge(model) and save_pretrained"
+        )
+    return old, new
 
 
 def _shapes(adapters: _Adapters) -> dict[str, tuple[int, ...]]:
@@ -118,8 +189,8 @@ def _whole_tensors(adapters: _Adapters) -> dict[str, Tensor]:
             )
         if names := sorted(adapter.base_weights):
             raise AdapterError(
-                f"an adapter brings {names[0]} as a whole and an update of it; if it was trained "
-                "on this base, save it in PEFT with save_embedding_layers=False"
+                f"an adapter brings {names[0]} as a whole and an update of it; load the model and "
+                "the adapter in Python, merge(model) and save_pretrained"
             )
     return dict(adapters[0][0].whole)
 
@@ -148,16 +219,13 @@ def _update(fqn: str, entry: Entry, adapters: _Adapters, *, any_turned: bool) ->
     return Edit(fqn, terms, transposed)
 
 
-def _replacement(checkpoint: Checkpoint, name: str, entry: Entry, tensor: Tensor) -> Edit:
-    if tuple(tensor.shape) != entry.shape or entry.dtype not in FLOATING:
+def _replacement(name: str, entry: Entry, tensor: Tensor) -> Edit:
+    shape = tuple(tensor.shape)
+    is_resized = _module_name(name) in (*_HEADS, *_EMBEDDINGS) and shape[1:] == entry.shape[1:]
+    if (shape != entry.shape and not is_resized) or entry.dtype not in FLOATING:
         raise AdapterError(
             f"{name} is {list(tensor.shape)} in the adapter and {list(entry.shape)} "
             f"({entry.dtype}) in the checkpoint; merge it into the model that it was trained on"
-        )
-    if _module_name(name) in _EMBEDDINGS and _tie_flag(checkpoint.config) is not False:
-        raise AdapterError(
-            f"the adapter brings a new {name}, which may be tied to the output head; load the "
-            "model and the adapter in Python, merge(model) and save_pretrained"
         )
     return Edit(name, replacement=tensor)
 
@@ -175,7 +243,7 @@ def _tied_heads(
     found: dict[str, str] = {}
     for name, shape in shapes.items():
         if _module_name(name) in _HEADS and (flag or (flag is None and name not in entries)):
-            if same := [entry.name for entry in embeddings if entry.shape == shape]:
+            if same := [entry.name for entry in embeddings if entry.shape[1:] == shape[1:]]:
                 found[name] = same[0]
     return found
 
@@ -192,56 +260,46 @@ def _module_name(key: str) -> str:
     return key.rpartition(".")[0].rpartition(".")[2]
 
 
-def _keys(names: Sequence[str], entries: Mapping[str, Entry]) -> dict[str, str]:
+def _keys(
+    names: Sequence[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    entries: Mapping[str, Entry],
+    whole: Collection[str],
+) -> dict[str, str]:
     """The checkpoint's key for each name: the name itself, or with another beginning.
 
     A checkpoint of the inner model lacks the outer model's prefix (`transformer.h.0…` is `h.0…`),
     or has one too many; the ends of all names must then agree under one and the same exchange.
     """
     keys = {name: name for name in names if name in entries}
-    rest = [name for name in names if name not in keys]
-    if not rest:
-        return keys
-    for cut in range(len(rest[0].split("."))):
-        old = ".".join(rest[0].split(".")[:cut])
-        end = _exchange(rest[0], old, "")
-        beginnings = [
-            key.removesuffix(end).removesuffix(".")
-            for key in entries
-            if key == end or key.endswith(f".{end}")
-        ]
-        renamed = [
-            {name: _exchange(name, old, new) for name in rest}
-            for new in beginnings
-            if all(_exchange(name, old, new) in entries for name in rest)
-        ]
-        if len(renamed) > 1:
+    rest = {name: shapes[name] for name in names if name not in keys}
+    known = {key: entry.shape for key, entry in entries.items() if key not in keys}
+    found = exchanged(rest, known)
+    if len(found) > 1:
+        name = next(iter(rest))
+        raise AdapterError(
+            f"{name} may be any of {some_names(sorted(f[name] for f in found))} in the checkpoint; "
+            "load the model and the adapter in Python, and merge(model)"
+        )
+    if rest and not found:
+        if new := [name for name in rest if name in whole]:
             raise AdapterError(
-                f"{rest[0]} may be any of {', '.join(sorted(r[rest[0]] for r in renamed))} in the "
-                "checkpoint; load the model and the adapter in Python, and merge(model)"
+                f"the adapter brings {some_names(new)} in full, which the checkpoint does not "
+                "hold; load the kind of model that it was trained on and the adapter in Python, "
+                "merge(model) and save_pretrained"
             )
-        if renamed and not set(renamed[0].values()) & set(keys):
-            return keys | renamed[0]
-    raise _not_found(rest, len(names), entries)
+        raise _not_found(rest, len(names), entries)
+    return keys | (found[0] if found else {})
 
 
-def _exchange(name: str, old: str, new: str) -> str:
-    """`name` with its beginning `old` exchanged for `new`; unchanged if it begins otherwise."""
-    if old and not name.startswith(f"{old}."):
-        return name
-    end = name[len(old) + 1 :] if old else name
-    return f"{new}.{end}" if new else end
-
-
-def _not_found(missing: Sequence[str], count: int, entries: Collection[str]) -> AdapterError:
+def _not_found(missing: Collection[str], count: int, entries: Collection[str]) -> AdapterError:
     fqns = [name.removesuffix(".weight") for name in missing]
     if packed := [fqn for fqn in fqns if f"{fqn}.qweight" in entries]:
         return _quantised(packed[0], "packed")
-    more = f" and {len(fqns) - 3} more" if len(fqns) > 3 else ""
     return AdapterError(
-        f"the checkpoint holds no weight for {', '.join(fqns[:3])}{more} ({len(fqns)} of {count}); "
-        "merge the adapter into the model that it was trained on, or, if transformers renames the "
-        "weights on loading, load both in Python, merge(model) and save_pretrained"
+        f"the checkpoint holds no weight for {some_names(fqns)} ({len(fqns)} of {count}); merge "
+        "the adapter into the model that it was trained on, or, if transformers renames or adds "
+        "the weights on loading, load both in Python, merge(model) and save_pretrained"
     )
 
 

@@ -17,11 +17,14 @@ from torch import nn
 
 from bridge.peft.dtypes import SAFETENSORS_NAMES, TRAINABLE_DTYPES, dtype_name
 from bridge.peft.errors import AdapterError
+from bridge.peft.formats.files.adapter_tensors import tensor_paths
 from bridge.peft.formats.files.atomic import current_path, replace_file
 from bridge.peft.formats.files.safetensors_file import FLOATING, Entry, read_header
-from bridge.peft.formats.files.untrusted import CONFIG_NAME, TENSORS_NAME, reading
+from bridge.peft.formats.files.untrusted import CONFIG_NAME, reading
 from bridge.peft.formats.model_directory import (
     Checkpoint,
+    brought_tokenizer,
+    check_no_adapter,
     copy_other_files,
     read_checkpoint,
     write_config,
@@ -33,6 +36,7 @@ from bridge.peft.merging.directory.edits import Edits, plan_edits
 from bridge.peft.merging.directory.stream import Target, write_shard
 from bridge.peft.merging.in_memory import check_compute_dtype
 from bridge.peft.merging.report import MergeReport, MergeRow
+from bridge.peft.model.walk import some_names
 from bridge.peft.natural_order import natural_key
 from bridge.peft.version import __version__
 
@@ -86,23 +90,26 @@ def merge_directory(
     if not adapters:
         raise AdapterError("no adapter to merge; pass the directory of at least one")
     with reading(model):
+        check_no_adapter(model)
         checkpoint = read_checkpoint(model)
     if os.path.lexists(output) and not _is_empty(output):
         raise AdapterError(f"{output} exists; pass a directory that does not")
     paths = [(Path(path), weight) for path, weight in adapters]
     loaded = [(read_adapter(path), weight) for path, weight in paths]
     edits = plan_edits(checkpoint, loaded, untie=untie)
-    notes = tuple(_other_bases(checkpoint, edits, loaded))
+    with reading(model):
+        tokenizer, notes = brought_tokenizer(model, [path for path, _ in paths])
+    notes += [*_other_bases(checkpoint, edits, loaded), *_whole(edits)]
     shards = {name: _lay_out(checkpoint, name, edits, dtype) for name in checkpoint.shards}
     part = output.with_name(output.name + _PART_SUFFIX)
     job = _identify(checkpoint, paths, (dtype, compute_dtype, untie))
     rows = _open_part(part, job, shards)
     try:
         _write_shards(checkpoint, shards, part, job, rows, compute_dtype, progress)
-        copy_other_files(model, part)
+        copy_other_files(model, part, tokenizer)
         places = {t.entry.name: name for name, targets in shards.items() for t in targets}
         write_index(checkpoint, part, places, sum(map(_size, shards.values())))
-        write_config(checkpoint, part, dtype, heads_differ=edits.heads_differ)
+        write_config(checkpoint, part, dtype, edits.vocabulary, heads_differ=edits.heads_differ)
         if output.exists():
             output.rmdir()
         os.rename(part, output)
@@ -113,7 +120,7 @@ def merge_directory(
     except OSError as error:
         raise _disk_error(error, part) from error
     merged = sorted((r for name in shards for r in rows[name]), key=lambda r: natural_key(r.fqn))
-    return MergeReport(tuple(merged), notes)
+    return MergeReport(tuple(merged), tuple(notes))
 
 
 def _is_empty(path: Path) -> bool:
@@ -141,6 +148,14 @@ def _other_bases(
             )
 
 
+def _whole(edits: Edits) -> Iterator[str]:
+    """Say which tensors the adapter replaces, with their shapes."""
+    replaced = {e.fqn: e.replacement for e in edits.by_key.values() if e.replacement is not None}
+    if replaced:
+        shown = [f"{fqn} ({'×'.join(map(str, t.shape))})" for fqn, t in sorted(replaced.items())]
+        yield f"taken in full from the adapter: {some_names(shown)}"
+
+
 def _lay_out(
     checkpoint: Checkpoint, name: str, edits: Edits, dtype: torch.dtype | None
 ) -> list[Target]:
@@ -152,12 +167,15 @@ def _lay_out(
     targets: list[Target] = []
     end = 0
     for source, key in wanted:
-        kind, size = source.dtype, source.size
+        kind, size, shape, edit = source.dtype, source.size, source.shape, edits.by_key.get(key)
+        if edit is not None and edit.replacement is not None:
+            shape = tuple(edit.replacement.shape)
+            size = edit.replacement.numel() * FLOATING[kind].itemsize
         if dtype is not None and kind in FLOATING:
+            size = size // FLOATING[kind].itemsize * dtype.itemsize
             kind = SAFETENSORS_NAMES[dtype]
-            size = size // FLOATING[source.dtype].itemsize * dtype.itemsize
-        entry = Entry(key, kind, source.shape, end, end + size)
-        targets.append(Target(entry, source, edits.by_key.get(key)))
+        entry = Entry(key, kind, shape, end, end + size)
+        targets.append(Target(entry, source, edit))
         end = entry.end
     return targets
 
@@ -171,7 +189,8 @@ def _identify(
 ) -> str:
     """A hash of what the output depends on: files by size and time, options by value."""
     files = [checkpoint.directory / name for name in checkpoint.shards]
-    files += [current_path(path, n) for path, _ in adapters for n in (CONFIG_NAME, TENSORS_NAME)]
+    for path, _ in adapters:
+        files += [current_path(path, CONFIG_NAME), *tensor_paths(path)]
     stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     weights = [weight for _, weight in adapters]
     told = (__version__, checkpoint.config, checkpoint.shards, weights, options, stamps)

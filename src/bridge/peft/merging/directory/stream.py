@@ -106,7 +106,7 @@ def write_shard(
 
 
 def _update(target: Target, dtype: torch.dtype) -> Update | None:
-    if target.edit is None or target.edit.replacement is not None:
+    if target.edit is None or _is_replaced(target):
         return None
     for entry in (target.entry, target.source):
         dtype = torch.promote_types(dtype, FLOATING[entry.dtype])
@@ -115,6 +115,10 @@ def _update(target: Target, dtype: torch.dtype) -> Update | None:
 
 def _is_copy(target: Target) -> bool:
     return target.edit is None and target.entry.dtype == target.source.dtype
+
+
+def _is_replaced(target: Target) -> bool:
+    return target.edit is not None and target.edit.replacement is not None
 
 
 def _columns(entry: Entry) -> int:
@@ -167,19 +171,19 @@ class _Writer:
                 rounding = merge_rows(base, piece.update, piece.rows, out, self._buffers.scratch)
                 if not bool(rounding.total.isfinite()) and not all_finite(out):
                     raise _not_finite(target, base)
-            elif target.edit is not None and target.edit.replacement is not None:
-                values = target.edit.replacement.reshape(-1, _columns(target.entry))
-                _cast(target, values[piece.rows], out)
             else:
                 _cast(target, base, out)
         content = (ctypes.c_char * out.nbytes).from_address(out.data_ptr())
         self._write(self._start + piece.entry[0], memoryview(content))
-        self._forget(piece)
+        if not _is_replaced(target):
+            self._forget(piece)
         return rounding
 
     def _read(self, piece: _Piece) -> Tensor:
-        """These rows of the base, where the system has them in memory."""
+        """These rows of the base, where the system has them in memory, or of what replaces it."""
         target, (start, size) = piece.target, piece.source
+        if target.edit is not None and target.edit.replacement is not None:
+            return target.edit.replacement.reshape(-1, _columns(target.entry))[piece.rows]
         dtype = torch.uint8 if _is_copy(target) else FLOATING[target.source.dtype]
         count, offset = size // dtype.itemsize, self._base_start + start
         values = torch.frombuffer(self._base, dtype=dtype, count=count, offset=offset)

@@ -1,0 +1,180 @@
+"""The keys of adapter files, PEFT's own and those that other loops leave: module and matrix.
+
+base_model.model.….q_proj.lora_A.weight   as PEFT saves it
+….q_proj.lora_A.default.weight            as in a live PEFT model, with the adapter's name
+….q_proj.lora_a.weight                    ours (`adapter_state_dict`), Automodel's
+….q_proj[.adapter].linear_in.weight       of the layers in version 0.2 of Megatron-Bridge
+
+Keys are cut at their ends only, so modules may be called `lora_A`, `weight` or `base_model`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from bridge.peft.errors import AdapterFileError
+from bridge.peft.model.walk import clean_fqn, some_names
+
+KEY_PREFIX = "base_model.model."
+MAX_NAME_LENGTH = 1_000
+#: What stands before the names of all modules, or does not.
+PREFIXES = ("module.", KEY_PREFIX)
+_SPELLINGS = tuple(
+    re.compile(rf"(?P<fqn>.+?){end}\.weight")
+    for end in (
+        r"\.lora_(?P<half>[AB])",
+        r"\.lora_(?P<half>[AB])\.(?P<adapter>[^.]+)",
+        r"\.lora_(?P<half>[ab])",
+        r"(?:\.adapter)?\.linear_(?P<half>in|out)",
+    )
+)
+_LETTERS = {"in": "A", "out": "B"}
+#: In the keys of adapters that compute something else, and what that is.
+_OTHER_KINDS = {
+    ".lora_embedding_": "LoRA on an embedding",
+    ".lora_magnitude_vector": "DoRA",
+    ".token_adapter.": "trained token embeddings",
+    ".lora_B.bias": "a bias on B",
+}
+_COPY, _ORIGINAL = ".modules_to_save.", ".original_module."
+
+
+class Halves:
+    """A and B by module, put together as they come out of a file."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, dict[str, Tensor]] = {}
+
+    def add(self, name: str, half: str, tensor: Tensor, key: str) -> None:
+        """Take one of the two matrices.
+
+        Args:
+            name: The module.
+            half: `"A"` or `"B"`.
+            tensor: The matrix.
+            key: Its key in the file, for messages.
+
+        Raises:
+            AdapterFileError: It is there already, or is not a matrix.
+        """
+        if half in self._found.setdefault(name, {}):
+            raise AdapterFileError(
+                f"{key[:80]!r} stands for a matrix that another key has given; save the adapter "
+                "again"
+            )
+        if tensor.dim() != 2 or not tensor.numel():
+            raise AdapterFileError(f"{key[:80]!r} is not a matrix; save the adapter again")
+        self._found[name][half] = tensor
+
+    def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """A and B of each module, of one rank.
+
+        Raises:
+            AdapterFileError: One of the two is missing, or they do not fit each other.
+        """
+        for name, half in self._found.items():
+            if len(half) == 1:
+                alone = sum(len(other) == 1 for other in self._found.values())
+                raise AdapterFileError(
+                    f"the file holds only the {next(iter(half))} of {name} ({alone} such modules); "
+                    "save the adapter again"
+                )
+            a, b = half["A"], half["B"]
+            if a.shape[0] != b.shape[1]:
+                raise AdapterFileError(
+                    f"{name}: A {tuple(a.shape)} and B {tuple(b.shape)} are not of one rank; save "
+                    "the adapter again"
+                )
+        return {name: (half["A"], half["B"]) for name, half in self._found.items()}
+
+
+def split_keys(
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """Sort the tensors of an adapter file by module.
+
+    Args:
+        tensors: By key of the file.
+
+    Returns:
+        A and B by module, and the other tensors by name in the base model.
+
+    Raises:
+        AdapterFileError: There is no A and B, one of the two is missing, or the keys are those of
+            several adapters or of another kind.
+    """
+    names = _names(tensors)
+    _refuse_other_kinds(names.values())
+    found = {}
+    for spelling in _SPELLINGS:
+        found = {key: m for key, name in names.items() if (m := spelling.fullmatch(name))}
+        if found:
+            break
+    else:
+        raise AdapterFileError("the file holds no LoRA tensor; save the adapter again")
+    adapters = {m.groupdict().get("adapter") for m in found.values()}
+    if len(adapters) > 1:
+        raise AdapterFileError(
+            f"the file holds the adapters {some_names(sorted(map(str, adapters)))}; save one alone"
+        )
+    halves = Halves()
+    for key, m in found.items():
+        halves.add(m["fqn"], _LETTERS.get(m["half"], m["half"].upper()), tensors[key], key)
+    rest = {name: tensors[key] for key, name in names.items() if key not in found}
+    return halves.pairs(), _trained_copies(rest, adapters.pop())
+
+
+def _names(keys: Iterable[str]) -> dict[str, str]:
+    """The name behind each key: without the levels of wrappers, and without PEFT's prefix."""
+    names = {key: clean_fqn(key) for key in keys}
+    for prefix in PREFIXES:
+        odd = [name for name in names.values() if not name.startswith(prefix)]
+        if not odd:
+            names = {key: name.removeprefix(prefix) for key, name in names.items()}
+        elif prefix == KEY_PREFIX and len(odd) < len(names):
+            raise AdapterFileError(
+                f"the file holds {odd[0][:80]!r}, which is not a name below {KEY_PREFIX!r} like "
+                "the others; save the adapter again"
+            )
+    for key, name in names.items():
+        if not name.isprintable() or not 0 < len(name) <= MAX_NAME_LENGTH:
+            raise AdapterFileError(f"{key[:80]!r} is not a tensor's name; save the adapter again")
+    if len(set(names.values())) < len(names):
+        raise AdapterFileError("two keys of the file are one name; save the adapter again")
+    return names
+
+
+def _refuse_other_kinds(names: Iterable[str]) -> None:
+    for name in names:
+        for mark, kind in _OTHER_KINDS.items():
+            if mark in name:
+                raise AdapterFileError(
+                    f"{name.partition(mark)[0]} is adapted by {kind}, which is not supported yet; "
+                    "merge the adapter with the tool that made it"
+                )
+
+
+def _trained_copies(rest: dict[str, Tensor], adapter: str | None) -> dict[str, Tensor]:
+    """The tensors saved whole, by name in the base model.
+
+    Beside the trained copy of a module PEFT may save the original, and the copy once more.
+    """
+    whole = dict(rest)
+    for name, tensor in rest.items():
+        fqn, found, inner = name.rpartition(_COPY)
+        if not found:
+            continue
+        inner = inner.removeprefix(f"{adapter}.")
+        del whole[name]
+        whole.pop(f"{fqn}{_ORIGINAL}{inner}", None)
+        own = f"{fqn}.{inner}"
+        if own in whole and not torch.equal(whole[own], tensor):
+            raise AdapterFileError(
+                f"the file holds two values of {own} that differ; save the adapter again"
+            )
+        whole[own] = tensor
+    return whole

@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import nn
 
-from bridge.peft import LoRA, load_adapter, save_adapter
+from bridge.peft import AdapterError, LoRA, disable_adapters, load_adapter, save_adapter
 from bridge.peft.errors import TargetError
 from tests.helpers import models
 
@@ -98,3 +98,36 @@ def test_a_adapter_s_dtype_is_float32_over_half_bases_and_the_seed_s_layers_keep
         assert model(ids()).logits.dtype == dtype
     doubled = LoRA(dim=2)(models.llama().double())
     assert doubled.model.layers[0].self_attn.q_proj.lora_a.weight.dtype == torch.float64
+
+
+def test_disabled_a_model_trained_in_full_is_its_base_and_ties_stay():
+    base = models.llama(tie_word_embeddings=True).eval()
+    model = LoRA(dim=2, modules_to_train=["lm_head"])(copy.deepcopy(base))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    with torch.no_grad():
+        model.lm_head.weight.normal_()
+    with disable_adapters(model):
+        assert torch.equal(model(ids()).logits, base(ids()).logits)
+    assert not torch.equal(model(ids()).logits, base(ids()).logits)
+
+
+def test_a_module_with_buffers_is_refused_before_anything_is_trained():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    with pytest.raises(AdapterError, match="^1 has buffers"):
+        LoRA(dim=2, modules_to_train=["1"])(model)
+    assert type(model[0]) is nn.Linear
+
+
+def test_disabling_may_overlap():
+    model = LoRA(dim=2)(nn.Sequential(nn.Linear(4, 4)))
+    nn.init.normal_(model[0].lora_b.weight)
+    x = torch.randn(2, 4)
+    adapted = model(x)
+    first, second = disable_adapters(model), disable_adapters(model)
+    first.__enter__()
+    base = model(x)
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.equal(model(x), base)
+    second.__exit__(None, None, None)
+    assert torch.equal(model(x), adapted)

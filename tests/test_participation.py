@@ -171,7 +171,7 @@ def test_branches_under_no_grad_are_named_and_reentrant_checkpoints_are_not():
         def forward(self, x):
             return checkpoint(self.fc, x, use_reentrant=True)
 
-    LoRA(dim=2)(Checkpointed())(torch.randn(2, 8)).sum().backward()
+    LoRA(dim=2)(Checkpointed())(torch.randn(2, 8, requires_grad=True)).sum().backward()
 
 
 def test_a_base_weight_that_the_forward_writes_is_named():
@@ -229,3 +229,39 @@ def test_one_of_two_tied_linears_is_left_out_of_all_linear_and_said_where_it_is_
     model[1].weight = model[0].weight
     assert [row.fqn for row in LoRA(dim=2).plan(model).rows] == ["2"]
     assert "another linear" in LoRA(dim=2, target_modules=["0"]).plan(model).notes[0]
+
+
+class Mirrored(nn.Module):
+    """A tied autoencoder: calls its linears, then reads them in a loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 6), nn.Linear(6, 3)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x).tanh()
+        for layer in reversed(self.layers):
+            x = F.linear(x, layer.weight.t())
+        return x
+
+
+def test_weights_read_under_another_name_are_found():
+    model = trained(LoRA(dim=2)(Mirrored()))
+    x = torch.randn(4, 8)
+    wanted = model(x)
+    merge(model)
+    torch.testing.assert_close(model(x), wanted)
+
+
+def test_a_linear_that_is_passed_by_is_not_merged_where_no_full_forward_was_seen():
+    model = trained(LoRA(dim=2)(Hidden()))
+    model.forward(torch.randn(2, 8))  # past the model's hooks
+    with pytest.raises(AdapterError, match="read was never called"):
+        merge(model)
+
+
+def test_running_statistics_that_training_changes_are_named():
+    model = LoRA(dim=2)(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))).train()
+    with pytest.warns(UserWarning, match=r"^1: training changes their buffers"):
+        model(torch.randn(4, 8))

@@ -26,6 +26,7 @@ from bridge.peft.errors import AdapterError, TargetError
 from bridge.peft.model.adapt import Planned, adapt_in_place, check_can_be_adapted
 from bridge.peft.model.participation import check_still_adapted
 from bridge.peft.model.pretrained import random_modules
+from bridge.peft.model.trained_parameters import check_can_be_trained
 from bridge.peft.model.walk import adapted_modules, some_names, unwrap
 from bridge.peft.model.weight_reads import read_weights
 from bridge.peft.ops.dispatch import ComputePath, choose_path
@@ -182,6 +183,8 @@ class LoRA:
     def _match(self, model: nn.Module) -> tuple[list[Candidate], list[Skipped], list[Candidate]]:
         """What to adapt, what is left alone and why, and what to train in full."""
         trained = match_modules(model, self.modules_to_train, "modules_to_train")
+        for candidate in trained:
+            check_can_be_trained(candidate.fqn, candidate.module)
         alone: dict[nn.Module, str] = {}
         if self.target_modules == ALL_LINEAR:
             alone |= dict.fromkeys(tied_linears(model), "shares its weight with another linear")

@@ -18,6 +18,7 @@ from bridge.peft.formats.peft import AdapterFile, load_adapter, read_adapter
 from bridge.peft.formats.peft.fingerprint import differences
 from bridge.peft.formats.peft.fit import plan_load
 from bridge.peft.lora import LoRA
+from bridge.peft.model.participation import check_still_adapted
 from bridge.peft.model.walk import adapted_modules, base_modules, unwrap
 
 
@@ -101,6 +102,11 @@ def _model_checks(
             LoRA()(model)
         else:
             load_adapter(model, adapter)
+    try:
+        check_still_adapted(model)
+    except AdapterError as error:
+        fix = "convert the model first, then adapt it"
+        return [*checks, Check("state", "fail", str(error).partition(";")[0], fix)]
     modules = dict(adapted_modules(model))
     layers = {fqn: m for fqn, m in modules.items() if isinstance(m, LoRAMixin)}
     if wrapped := modules.keys() - layers.keys():

@@ -28,7 +28,7 @@ from bridge.peft.merging.in_memory import merge_weight
 from bridge.peft.merging.report import LOST
 from bridge.peft.merging.rounding import all_finite
 from bridge.peft.model.disable import disable_adapters
-from bridge.peft.model.participation import watch_first_forward
+from bridge.peft.model.participation import Watch
 from bridge.peft.tensors import is_plain
 
 Layers = dict[str, LoRAMixin]
@@ -163,16 +163,8 @@ def _all_of_the_model(model: nn.Module, layers: Layers, inputs: Mapping[str, Any
     weights = [p for layer in layers.values() for p in _ab(layer) if p.requires_grad]
     try:
         inputs = sample_inputs(model) if inputs is None else inputs
-        watch_first_forward(model, layers)
-        with torch.no_grad(), _b_set_to(layers, "zero"):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what the watch finds is this check's own result
-                with_branches = _first(model(**inputs))
-            with disable_adapters(model):
-                base = _first(model(**inputs))
-        with torch.enable_grad(), _b_set_to(layers, "random"):
-            loss = _first(model(**inputs)).float().square().mean()
-            gradients = torch.autograd.grad(loss, weights, allow_unused=True) if weights else ()
+        with_branches, base, loss = _runs(model, layers, inputs)
+        gradients = torch.autograd.grad(loss, weights, allow_unused=True) if weights else ()
     except Exception as error:
         # a model's forward fails in ways of its own on a sample not meant for it
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -189,6 +181,24 @@ def _all_of_the_model(model: nn.Module, layers: Layers, inputs: Mapping[str, Any
         detail = f"no gradient reaches {some(missing, len(layers))}"
         return Check(name, "warn", detail, "the model does not use these modules on its own sample")
     return Check(name, "pass", "disabled it is its base bit for bit; gradients reach every A and B")
+
+
+def _runs(
+    model: nn.Module, layers: Layers, inputs: Mapping[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output with B = 0, that of the disabled model, and a loss with random B."""
+    watch = Watch(model, layers)
+    try:
+        with torch.no_grad(), _b_set_to(layers, "zero"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what the watch finds is this check's own result
+                with_branches = _first(model(**inputs))
+            with disable_adapters(model):
+                base = _first(model(**inputs))
+    finally:
+        watch.stop()
+    with torch.enable_grad(), _b_set_to(layers, "random"):
+        return with_branches, base, _first(model(**inputs)).float().square().mean()
 
 
 def _save_and_load(model: nn.Module) -> Check:

@@ -21,6 +21,7 @@ from bridge.peft.merging.rounding import (
 )
 from bridge.peft.merging.shared_weights import sharers
 from bridge.peft.model.disable import check_kept
+from bridge.peft.model.participation import takes_no_part
 from bridge.peft.model.trained_parameters import forget_tie
 from bridge.peft.model.walk import adapted_modules, unwrap
 from bridge.peft.tensors import is_plain, is_sharded
@@ -213,7 +214,7 @@ def _check_mergeable(fqn: str, layer: LoRAMixin) -> None:
             f"{fqn} is a {layer.base_type.__name__}, whose own forward is not W x + b: merged into "
             "its weight, the branch would compute something else; keep it unmerged"
         )
-    if layer.bypassed and bool(layer.lora_b.weight.any()):
+    if takes_no_part(layer) and bool(layer.lora_b.weight.any()):
         raise AdapterError(
             f"{fqn} was never called, though the model and the module around it ran: its branch "
             "takes no part, and merging it could change the model; leave it out with "

@@ -16,6 +16,7 @@ from bridge.peft.model.encoder_fast_path import keep_encoders_off_fast_path
 from bridge.peft.model.input_gradients import let_inputs_require_grad
 from bridge.peft.model.participation import watch_first_forward
 from bridge.peft.model.pretrained import prepare_pretrained
+from bridge.peft.model.trained_parameters import train_in_full
 from bridge.peft.model.walk import adapted_modules, output_head, wrappers
 from bridge.peft.model.weight_reads import read_weights
 
@@ -85,8 +86,7 @@ def adapt_in_place(
     except BaseException:
         _undo(layers.values(), wanted_grad)
         raise
-    for module in trained:
-        module.requires_grad_(True)
+    train_in_full(model, trained)
     let_inputs_require_grad(model)
     keep_encoders_off_fast_path(model)
     prepare_pretrained(model)

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from bridge.peft.branch.mixin import LoRAMixin
+from bridge.peft.branch.wrapper import AdapterWrapper
 from bridge.peft.errors import AdapterError
 from bridge.peft.model.encoder_fast_path import encoder_fast_path
 from bridge.peft.model.trained_parameters import original_parameters
 from bridge.peft.model.walk import adapted_modules, unwrap
 
+#: The modules that are switched off: by how many contexts, and what switches them on again.
+_OFF: WeakKeyDictionary[nn.Module, tuple[int, ExitStack]] = WeakKeyDictionary()
+_LOCK = threading.RLock()
+
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Within the context the model is its base, bit for bit, merged or not.
+
+    Contexts may overlap, in threads too: the adapters are off until the last one ends.
 
     Args:
         model: An adapted model.
@@ -35,20 +44,43 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     for fqn, module in modules:
         if isinstance(module, LoRAMixin) and module.merged:
             check_kept(fqn, module)
-    before = [(module, module.adapter_enabled) for _, module in modules]
+    parts = list(unwrap(model).modules())
+    with _LOCK, ExitStack() as entered:
+        for module in parts:
+            _switch_off(module)
+            entered.callback(_switch_on, module)
+        leave = entered.pop_all()
+    try:
+        yield
+    finally:
+        with _LOCK:
+            leave.close()
+
+
+def _switch_off(module: nn.Module) -> None:
+    """Make one module its base's; of contexts that overlap the first does it."""
+    if module in _OFF:
+        depth, stack = _OFF[module]
+        _OFF[module] = depth + 1, stack
+        return
     with ExitStack() as stack:
-        stack.enter_context(encoder_fast_path(unwrap(model)))
-        stack.enter_context(original_parameters(unwrap(model)))
-        for _, module in modules:
-            if isinstance(module, LoRAMixin) and module.merged:
-                stack.enter_context(_base_weight_restored(module))
-        try:
-            for module, _ in before:
-                module.adapter_enabled = False
-            yield
-        finally:
-            for module, enabled in before:
-                module.adapter_enabled = enabled
+        stack.enter_context(encoder_fast_path(module))
+        stack.enter_context(original_parameters(module))
+        if isinstance(module, LoRAMixin) and module.merged:
+            stack.enter_context(_base_weight_restored(module))
+        if isinstance(module, LoRAMixin | AdapterWrapper):
+            stack.callback(setattr, module, "adapter_enabled", module.adapter_enabled)
+            module.adapter_enabled = False
+        _OFF[module] = 1, stack.pop_all()
+
+
+def _switch_on(module: nn.Module) -> None:
+    """Undo `_switch_off`; of contexts that overlap the last does it."""
+    depth, stack = _OFF.pop(module)
+    if depth > 1:
+        _OFF[module] = depth - 1, stack
+    else:
+        stack.close()
 
 
 @contextmanager

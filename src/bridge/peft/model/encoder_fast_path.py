@@ -39,17 +39,18 @@ def keep_encoders_off_fast_path(model: nn.Module) -> None:
 
 
 @contextmanager
-def encoder_fast_path(model: nn.Module) -> Iterator[None]:
-    """Within the context torch's encoders compute as they did before they were adapted.
+def encoder_fast_path(module: nn.Module) -> Iterator[None]:
+    """Within the context an encoder of torch computes as it did before it was adapted.
 
     Args:
-        model: An adapted model.
+        module: Any module of an adapted model.
     """
-    saved = [(m, *vars(m)[_SAVED]) for m in model.modules() if _SAVED in vars(m)]
-    for module, name, opened, _ in saved:
-        setattr(module, name, opened)
+    if _SAVED not in vars(module):
+        yield
+        return
+    name, opened, closed = vars(module)[_SAVED]
+    setattr(module, name, opened)
     try:
         yield
     finally:
-        for module, name, _, closed in saved:
-            setattr(module, name, closed)
+        setattr(module, name, closed)

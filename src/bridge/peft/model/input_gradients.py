@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bridge.peft.model.weight_reads import source_mentions
+
 #: Inputs of a model that are not activations: a mask that wants a gradient takes slower kernels.
 _NOT_ACTIVATIONS = ("mask", "label")
 
@@ -18,15 +20,18 @@ _NOT_ACTIVATIONS = ("mask", "label")
 def let_inputs_require_grad(model: nn.Module) -> None:
     """Hook the model's floating inputs and its embeddings, in place.
 
-    In a model of transformers the hooks act while reentrant checkpointing is switched on. Of
-    another it cannot be told, so there they act in every training step; that costs a copy of the
-    embeddings, and a backward down to them.
+    In a model of transformers the hooks act while reentrant checkpointing is switched on. In
+    another one, whose source speaks of checkpointing, its embeddings want a gradient in every
+    training step; its inputs are left alone, since it may write into them.
 
     Args:
         model: An adapted model, not wrapped.
     """
     hooks = _Hooks(model)
-    model.register_forward_pre_hook(hooks.of_inputs, with_kwargs=True)
+    if hooks.switches:
+        model.register_forward_pre_hook(hooks.of_inputs, with_kwargs=True)
+    elif not any(source_mentions(type(m), "checkpoint") for m in model.modules()):
+        return
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.register_forward_hook(hooks.of_embedding)
@@ -37,7 +42,7 @@ class _Hooks:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._switches = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+        self.switches = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
 
     def of_inputs(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -55,10 +60,15 @@ class _Hooks:
         return _wanting_grad(output) if self._are_needed() else None
 
     def _are_needed(self) -> bool:
-        # Compiled graphs need no such help, and could not be traced through it.
-        if torch.compiler.is_compiling() or not (self._model.training and torch.is_grad_enabled()):
+        # Compiled and transformed functions need no such help, and could not be traced through it.
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return False
-        return not self._switches or any(_is_reentrant(module) for module in self._switches)
+        if not (self._model.training and torch.is_grad_enabled()):
+            return False
+        if self.switches and not any(_is_reentrant(module) for module in self.switches):
+            return False
+        # where nothing is trained, torch's own error must come
+        return any(p.requires_grad for p in self._model.parameters())
 
 
 def _is_reentrant(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bridge.peft.branch.mixin import LoRAMixin
@@ -33,7 +33,17 @@ def watch_first_forward(model: nn.Module, layers: Mapping[str, LoRAMixin]) -> No
         layers: Its adapted layers by fully qualified name.
     """
     setattr(model, _RECORD, tuple(layers))
-    _Watch(model, layers)
+    Watch(model, layers)
+
+
+def takes_no_part(layer: LoRAMixin) -> bool:
+    """Whether the model ran, the layer's part of it too, and the layer did not.
+
+    Args:
+        layer: An adapted layer.
+    """
+    watch = getattr(layer.on_call, "__self__", None)
+    return layer.bypassed or (isinstance(watch, Watch) and watch.was_passed_by(layer))
 
 
 def check_still_adapted(model: nn.Module) -> None:
@@ -56,7 +66,7 @@ def check_still_adapted(model: nn.Module) -> None:
                 )
 
 
-class _Watch:
+class Watch:
     """The hooks of one model's first forward; an object, so that copies of the model have theirs.
 
     A layer is bypassed if the module that holds it ran and the layer did not. One that is
@@ -69,6 +79,7 @@ class _Watch:
         self._dtypes = {layer: layer.branch_dtype for layer in layers.values()}
         self._ran: set[nn.Module] = set()
         self._versions: dict[LoRAMixin, int] = {}
+        self._buffers: dict[str, int] = {}
         self._wants_grad = False
         self._untrainable: list[str] = []
         self._holders = {layer: _holder(model, fqn) for fqn, layer in layers.items()}
@@ -85,7 +96,8 @@ class _Watch:
         if not torch.compiler.is_compiling():
             check_still_adapted(model)
             self._wants_grad = torch.is_grad_enabled()
-            self._versions = {m: v for m in self._layers.values() if (v := _version(m)) >= 0}
+            self._versions = {m: _version(m.base_weight) for m in self._layers.values()}
+            self._buffers = _buffer_versions(model) if model.training else {}
 
     def _saw(self, holder: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -100,9 +112,7 @@ class _Watch:
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self.stop()
         bypassed = [layer for layer in self._waiting if self._is_bypassed(layer)]
         for layer in bypassed:
             layer.bypassed = True
@@ -115,10 +125,38 @@ class _Watch:
                 stacklevel=2,
             )
         self._warn_written()
+        self._warn_buffers(model)
         self._warn_cast()
 
+    def stop(self) -> None:
+        """Take every hook off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def was_passed_by(self, layer: LoRAMixin) -> bool:
+        """Whether a layer waits, before any full forward, though others beside it were called."""
+        if not self._handles or layer not in self._waiting:
+            return False
+        holder = self._holders[layer]
+        experts = _siblings(holder, layer)
+        beside = (m for m, h in self._holders.items() if h is holder and m not in experts)
+        return any(m not in self._waiting for m in beside)
+
+    def _warn_buffers(self, model: nn.Module) -> None:
+        now = _buffer_versions(model)
+        changed = [f for f, version in self._buffers.items() if now.get(f, version) > version]
+        if names := list(dict.fromkeys(f.rpartition(".")[0] or "the model" for f in changed)):
+            warnings.warn(
+                f"{some_names(names)}: training changes their buffers (running statistics), which "
+                "belong to the base and are not saved with the adapter; call .eval() on them after "
+                "model.train()",
+                stacklevel=2,
+            )
+
     def _warn_written(self) -> None:
-        written = [f for f, m in self._layers.items() if _version(m) > self._versions.get(m, 2**63)]
+        before = self._versions
+        written = [f for f, m in self._layers.items() if _version(m.base_weight) > before[m]]
         if written:
             warnings.warn(
                 f"{some_names(written)}: the model's forward writes into the base weight, and the "
@@ -157,10 +195,19 @@ class _Watch:
             )
 
 
-def _version(layer: LoRAMixin) -> int:
-    """How often the base weight was written to; -1 where that is not counted."""
-    weight = layer.base_weight
-    return -1 if weight.is_inference() else weight._version
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; 0 where that is not counted."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _buffer_versions(model: nn.Module) -> dict[str, int]:
+    """The versions of the buffers that a checkpoint of the base holds."""
+    return {
+        f"{fqn}.{name}": _version(buffer)
+        for fqn, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
 
 
 def _in_checkpoint() -> bool:

@@ -7,7 +7,7 @@ originals stay on the module, so that `disable_adapters` still gives the base.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.branch.wrapper import AdapterWrapper
+from bridge.peft.errors import AdapterError
 from bridge.peft.model.pretrained import random_modules
-from bridge.peft.model.walk import clean_fqn, input_embedding, output_head
+from bridge.peft.model.walk import clean_fqn, input_embedding, output_head, some_names
 
 _ORIGINALS = "parameters_before_adapter"
 
@@ -56,6 +57,38 @@ def replace_parameters(
                 copied = values[fqn].detach().to(old.device, old.dtype, copy=True)
                 new = nn.Parameter(copied, requires_grad=fqn not in frozen)
             module._parameters[name] = new
+
+
+def check_can_be_trained(fqn: str, module: nn.Module) -> None:
+    """Raise `AdapterError` if a module has state that is no parameter, which is not saved.
+
+    Args:
+        fqn: Its fully qualified name, for the message.
+        module: A module to train in full.
+    """
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    if buffers := [name for name in module.state_dict() if name not in parameters]:
+        raise AdapterError(
+            f"{fqn} has buffers ({some_names(buffers)}), which are not saved with an adapter; name "
+            "the modules inside it that have parameters only"
+        )
+
+
+def train_in_full(model: nn.Module, modules: Iterable[nn.Module]) -> None:
+    """Give modules trainable copies of their parameters, in place; tied ones stay tied.
+
+    Args:
+        model: The model, not wrapped.
+        modules: Modules of it.
+    """
+    copies = {
+        id(p): nn.Parameter(p.detach().clone()) for module in modules for p in module.parameters()
+    }
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if id(parameter) in copies:
+                vars(module).setdefault(_ORIGINALS, {}).setdefault(name, parameter)
+                module._parameters[name] = copies[id(parameter)]
 
 
 def forget_tie(model: nn.Module) -> None:
@@ -125,23 +158,19 @@ def _has_new_vocabulary(model: nn.Module) -> bool:
 
 
 @contextmanager
-def original_parameters(model: nn.Module) -> Iterator[None]:
-    """Within the context, replaced parameters are the base's own again.
+def original_parameters(module: nn.Module) -> Iterator[None]:
+    """Within the context, a module's replaced parameters are the base's own again.
 
     Args:
-        model: A model, not wrapped.
+        module: Any module of an adapted model.
     """
-    replaced = [
-        (module, name, module._parameters[name], original)
-        for module in model.modules()
-        for name, original in vars(module).get(_ORIGINALS, {}).items()
-    ]
-    for module, name, trained, original in replaced:
-        if trained is not None and original.device != trained.device:
-            original.data = original.data.to(trained.device)
+    trained = {name: module._parameters[name] for name in vars(module).get(_ORIGINALS, {})}
+    for name, parameter in trained.items():
+        original = vars(module)[_ORIGINALS][name]
+        if parameter is not None and original.device != parameter.device:
+            original.data = original.data.to(parameter.device)
         module._parameters[name] = original
     try:
         yield
     finally:
-        for module, name, trained, _ in replaced:
-            module._parameters[name] = trained
+        module._parameters.update(trained)

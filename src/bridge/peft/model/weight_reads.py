@@ -9,8 +9,9 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import linecache
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
@@ -31,7 +32,7 @@ _METADATA = frozenset(
 )
 #: Methods that read weights to set them up, not to compute.
 _SETUP = re.compile(r"__init__|_?init_.*|_?tie_.*|reset_parameters|.*resize.*|_apply|extra_repr")
-_READ = re.compile(r"\bself\.(?!weight\b)[\w.]+(?:\[[^\]]*\])?\.weight\b")
+_READ = re.compile(r"(?<!self)\.weight\b")
 #: A path from a module to a linear below it: attribute names, or None for any item of a list.
 Path = tuple[str | None, ...]
 
@@ -51,6 +52,19 @@ def read_weights(model: nn.Module) -> dict[nn.Module, str]:
             for target in _reached(module, path):
                 found.setdefault(target, type(module).__name__)
     return found
+
+
+def source_mentions(cls: type, word: str) -> bool:
+    """Whether the file of a class holds a word; True where there is no file to look into.
+
+    Args:
+        cls: A class; one of torch mentions nothing.
+        word: Any text.
+    """
+    if cls.__module__.partition(".")[0] == "torch":
+        return False
+    file = _file_of(cls)
+    return True if file is None else word in _text_of(file)
 
 
 def _reached(module: nn.Module, path: Path) -> Iterator[nn.Module]:
@@ -76,22 +90,32 @@ def _paths_read_by(cls: type[nn.Module]) -> frozenset[Path]:
 
 @functools.cache
 def _paths_in(cls: type) -> frozenset[Path]:
-    try:
-        file = inspect.getsourcefile(cls)
-    except TypeError:  # made where there is no file
-        return frozenset()
+    file = _file_of(cls)
     return _paths_by_class(file).get(cls.__qualname__, frozenset()) if file else frozenset()
+
+
+@functools.cache
+def _file_of(cls: type) -> str | None:
+    try:
+        return inspect.getsourcefile(cls)
+    except TypeError:  # made where there is no file
+        return None
+
+
+@functools.cache
+def _text_of(file: str) -> str:
+    """The source as Python has it, of a notebook's cell too; empty where there is none."""
+    return "".join(linecache.getlines(file))
 
 
 @functools.cache
 def _paths_by_class(file: str) -> dict[str, frozenset[Path]]:
     """For each class of a file, by qualified name, the paths that its methods read."""
+    text = _text_of(file)
     try:
-        with open(file, encoding="utf-8") as source:
-            text = source.read()
         # most files read no weight of a child, and need not be parsed
         tree = ast.parse(text) if _READ.search(text) else ast.Module([], [])
-    except (OSError, SyntaxError, ValueError):
+    except (SyntaxError, ValueError):
         return {}
     return {name: frozenset(_reads(node)) for name, node in _classes(tree, "")}
 
@@ -111,11 +135,31 @@ def _reads(cls: ast.ClassDef) -> Iterator[Path]:
             continue
         nodes = list(ast.walk(method))
         parents = {child: node for node in nodes for child in ast.iter_child_nodes(node)}
+        names = _aliases(nodes)
         for node in nodes:
             if isinstance(node, ast.Attribute) and node.attr == "weight":
-                path = _path(node.value)
+                path = _path(node.value, names)
                 if path and isinstance(node.ctx, ast.Load) and _uses_values(parents[node]):
                     yield path
+
+
+def _aliases(nodes: list[ast.AST]) -> dict[str, Path]:
+    """The names that a method gives to children of its module, by assignment or in a loop."""
+    names: dict[str, Path] = {"self": ()}
+    for node in nodes:
+        match node:
+            case ast.Assign(targets=[ast.Name(id=name)], value=value) if path := _path(
+                value, names
+            ):
+                names[name] = path
+            case ast.For(target=target, iter=items) | ast.comprehension(target=target, iter=items):
+                lists = [
+                    p for n in ast.walk(items) if isinstance(n, ast.expr) and (p := _path(n, names))
+                ]
+                for name in ast.walk(target):
+                    if isinstance(name, ast.Name) and lists:
+                        names[name.id] = (*max(lists, key=len), None)
+    return names
 
 
 def _uses_values(outer: ast.AST) -> bool:
@@ -133,14 +177,17 @@ def _uses_values(outer: ast.AST) -> bool:
     return True
 
 
-def _path(node: ast.expr) -> Path | None:
-    """`self.a.b[i]` as ("a", "b", None); None if it does not begin with `self`."""
-    if isinstance(node, ast.Name):
-        return () if node.id == "self" else None
-    if isinstance(node, ast.Attribute):
-        before = _path(node.value)
-        return None if before is None else (*before, node.attr)
-    if isinstance(node, ast.Subscript):
-        before = _path(node.value)
-        return None if before is None else (*before, None)
-    return None
+def _path(node: ast.expr, names: Mapping[str, Path]) -> Path | None:
+    """`self.a.b[i]` as ("a", "b", None); None if it does not begin with the module itself."""
+    match node:
+        case ast.Name(id=name):
+            return names.get(name)
+        case ast.Attribute(value=value, attr=name):
+            before, last = _path(value, names), name
+        case ast.Subscript(value=value):
+            before, last = _path(value, names), None
+        case ast.Call(func=ast.Name(id="getattr"), args=[value, *_]):
+            before, last = _path(value, names), None
+        case _:
+            return None
+    return None if before is None else (*before, last)

@@ -11,7 +11,11 @@ from torch import Tensor, nn
 
 from bridge.peft.errors import AdapterError, AdapterFileError
 from bridge.peft.formats.peft.adapter_file import AdapterFile, is_vocabulary
-from bridge.peft.model.trained_parameters import lost_with_the_base, trained_whole
+from bridge.peft.model.trained_parameters import (
+    check_can_be_trained,
+    lost_with_the_base,
+    trained_whole,
+)
 from bridge.peft.model.walk import adapted_modules, clean_fqn, some_names
 from bridge.peft.tensors import full_tensor
 
@@ -146,12 +150,7 @@ def _check_can_be_saved(fqn: str, module: nn.Module, adapted: Collection[str]) -
             f"{fqn} is adapted, or holds an adapted linear, and has a trainable parameter of its "
             f"own, which a PEFT file has no place for; {fix}"
         )
-    if next(module.buffers(), None) is not None and any(
-        name not in dict(module.named_parameters()) for name in module.state_dict()
-    ):
-        raise AdapterError(
-            f"{fqn} is trained beside the adapter and has buffers, which are not saved; {fix}"
-        )
+    check_can_be_trained(fqn, module)
 
 
 def _choose_names(modules: Collection[str], everything: Collection[str]) -> list[str]:

@@ -18,6 +18,7 @@ from bridge.peft.merging.directory.vocabulary import (
     heads_alike,
     is_embedding,
     is_head,
+    is_stored,
     new_vocabulary,
     tied_heads,
 )
@@ -74,8 +75,9 @@ def plan_edits(checkpoint: Checkpoint, adapters: _Adapters, *, untie: bool) -> E
     """
     entries, whole = checkpoint.entries(), _whole_tensors(adapters)
     alike = heads_alike(whole)
-    if not any(map(is_head, entries)):  # the embedding's new values are the head's
-        whole = {name: tensor for name, tensor in whole.items() if name not in alike}
+    for name in alike:
+        if not is_stored(name, entries):  # the embedding's new values are the head's
+            del whole[name]
     shapes = _shapes(adapters) | {name: tuple(tensor.shape) for name, tensor in whole.items()}
     ties = tied_heads(checkpoint, entries, shapes)
     are_brought = embedding_of(whole) is not None  # both with values of their own
@@ -85,7 +87,8 @@ def plan_edits(checkpoint: Checkpoint, adapters: _Adapters, *, untie: bool) -> E
             f"{refused[0]} is tied to {ties[refused[0]]}, which a merge would change too; --untie "
             "gives it values of its own"
         )
-    keys = _keys([name for name in shapes if name not in ties], shapes, entries, whole)
+    stored = [name for name in shapes if name not in ties or is_stored(name, entries)]
+    keys = _keys(stored, shapes, entries, whole)
     found = {name: entries.get(keys.get(name, name)) or entries[ties[name]] for name in shapes}
     # a shape shows which way round a tensor is stored, unless it is square
     any_turned = any(
@@ -104,7 +107,7 @@ def plan_edits(checkpoint: Checkpoint, adapters: _Adapters, *, untie: bool) -> E
     heads = [name for name in shapes if is_head(name) and name not in alike]
     return Edits(
         edits,
-        untied={name: source for name, source in ties.items() if name not in entries},
+        untied={name: source for name, source in ties.items() if name not in keys},
         heads_differ=bool(heads),
         vocabulary=new_vocabulary(found, whole, entries, edits),
     )

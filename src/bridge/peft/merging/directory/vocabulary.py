@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bridge.peft.errors import AdapterError
 from bridge.peft.formats.files.safetensors_file import Entry
+from bridge.peft.formats.model_directory import Checkpoint
 
 #: Modules that may be one and the same matrix, by the last component of their names.
 _HEADS = ("lm_head", "embed_out", "output_layer", "output", "head", "decoder", "proj_out")
@@ -35,13 +36,21 @@ def is_embedding(name: str) -> bool:
 
 
 def embedding_of(whole: Mapping[str, Tensor]) -> Tensor | None:
-    """The values of the input embedding among tensors saved whole, if they are there."""
+    """The values of the input embedding among tensors saved whole, if they are there.
+
+    Args:
+        whole: By name.
+    """
     names = [name for name in whole if is_embedding(name)]
     return whole[names[0]] if len(names) == 1 else None
 
 
 def heads_alike(whole: Mapping[str, Tensor]) -> set[str]:
-    """The heads saved whole that hold what the embedding saved beside them holds: tied ones."""
+    """The heads saved whole that hold what the embedding saved beside them holds: tied ones.
+
+    Args:
+        whole: By name.
+    """
     embedding = embedding_of(whole)
     return {
         name
@@ -50,10 +59,26 @@ def heads_alike(whole: Mapping[str, Tensor]) -> set[str]:
     }
 
 
+def is_stored(name: str, entries: Collection[str]) -> bool:
+    """Whether a tensor has a key of its own, perhaps with another beginning.
+
+    Args:
+        name: Its name in the adapter.
+        entries: The keys.
+    """
+    return any(f".{key}".endswith(f".{name}") or name.endswith(f".{key}") for key in entries)
+
+
 def tied_heads(
     checkpoint: Checkpoint, entries: Mapping[str, Entry], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, str]:
-    """The changed output heads that are the embedding too, with the embedding's key."""
+    """The changed output heads that are the embedding too, with the embedding's key.
+
+    Args:
+        checkpoint: The base model.
+        entries: Its tensors.
+        shapes: Of the changed ones.
+    """
     flag = _tie_flag(checkpoint.config)
     embeddings = [
         entry
@@ -69,7 +94,13 @@ def tied_heads(
 
 
 def check_ties(checkpoint: Checkpoint, whole: Mapping[str, Tensor], alike: set[str]) -> None:
-    """Refuse a new embedding whose tied head the adapter says nothing of."""
+    """Raise `AdapterError` for a new embedding whose tied head the adapter says nothing of.
+
+    Args:
+        checkpoint: The base model.
+        whole: The tensors that the adapter holds in full.
+        alike: The heads among them that are the embedding, too.
+    """
     if _tie_flag(checkpoint.config) is False or alike:
         return
     names = [name for name in whole if is_embedding(name)]
@@ -84,9 +115,19 @@ def new_vocabulary(
     found: Mapping[str, Entry],
     whole: Mapping[str, Tensor],
     entries: Mapping[str, Entry],
-    edits: Mapping[str, Edit],
+    edited: Collection[str],
 ) -> tuple[int, int] | None:
-    """How many tokens there were and are, where embedding or head have other rows."""
+    """How many tokens there were and are, where embedding or head have other rows.
+
+    Args:
+        found: The base's entry of each changed tensor.
+        whole: The tensors that the adapter holds in full.
+        entries: All entries of the base.
+        edited: Keys of those that change.
+
+    Raises:
+        AdapterError: Something that counts tokens would keep the old number.
+    """
     sizes = {
         (entry.shape[0], whole[name].shape[0])
         for name, entry in found.items()
@@ -98,7 +139,7 @@ def new_vocabulary(
     left = [
         key
         for key, entry in entries.items()
-        if (is_head(key) or is_embedding(key)) and entry.shape[:1] == (old,) and key not in edits
+        if (is_head(key) or is_embedding(key)) and entry.shape[:1] == (old,) and key not in edited
     ]
     if len(sizes) > 1 or left:
         what = f"{left[0]} keeps {old}" if left else "embedding and head differ"

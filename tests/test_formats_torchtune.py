@@ -94,7 +94,7 @@ def test_what_torchtune_has_no_place_for_is_refused():
         to_torchtune(file_of(adapted()), AttentionLayout(heads=8, groups=2, head_dim=8))
     trained_head = adapted()
     trained_head.lm_head.weight.requires_grad_(True)
-    with pytest.raises(AdapterError, match="saved whole"):
+    with pytest.raises(AdapterError, match="saved in full"):
         to_torchtune(file_of(trained_head), LAYOUT)
 
 

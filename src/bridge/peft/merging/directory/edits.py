@@ -11,13 +11,12 @@ from bridge.peft.errors import AdapterError
 from bridge.peft.formats.files.safetensors_file import FLOATING, Entry
 from bridge.peft.formats.model_directory import Checkpoint
 from bridge.peft.formats.peft import AdapterFile
+from bridge.peft.formats.peft.keys import is_embedding, is_head
 from bridge.peft.formats.peft.places import exchanged
 from bridge.peft.merging.directory.vocabulary import (
     check_ties,
     embedding_of,
     heads_alike,
-    is_embedding,
-    is_head,
     is_stored,
     new_vocabulary,
     tied_heads,

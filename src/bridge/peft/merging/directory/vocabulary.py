@@ -11,28 +11,7 @@ from torch import Tensor
 from bridge.peft.errors import AdapterError
 from bridge.peft.formats.files.safetensors_file import Entry
 from bridge.peft.formats.model_directory import Checkpoint
-
-#: Modules that may be one and the same matrix, by the last component of their names.
-_HEADS = ("lm_head", "embed_out", "output_layer", "output", "head", "decoder", "proj_out")
-_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings")
-
-
-def is_head(name: str) -> bool:
-    """Whether a tensor may be an output head's.
-
-    Args:
-        name: Its key.
-    """
-    return _module_name(name) in _HEADS
-
-
-def is_embedding(name: str) -> bool:
-    """Whether a tensor may be an input embedding's.
-
-    Args:
-        name: Its key.
-    """
-    return _module_name(name) in _EMBEDDINGS
+from bridge.peft.formats.peft.keys import is_embedding, is_head
 
 
 def embedding_of(whole: Mapping[str, Tensor]) -> Tensor | None:
@@ -155,8 +134,3 @@ def _tie_flag(config: Mapping[str, Any]) -> bool | None:
         if isinstance(part, Mapping) and isinstance(part.get("tie_word_embeddings"), bool):
             return part["tie_word_embeddings"]
     return None
-
-
-def _module_name(key: str) -> str:
-    """The last component of the module that a tensor belongs to: `q_proj` of `….q_proj.weight`."""
-    return key.rpartition(".")[0].rpartition(".")[2]

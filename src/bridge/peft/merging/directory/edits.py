@@ -202,8 +202,8 @@ def _keys(
         if new := [name for name in rest if name in whole]:
             raise AdapterError(
                 f"the adapter brings {some_names(new)} in full, which the checkpoint does not "
-                "hold under that name; load the kind of model that it was trained on and the adapter in Python, "
-                "merge(model) and save_pretrained"
+                "hold under that name; load the kind of model that it was trained on and the "
+                "adapter in Python, merge(model) and save_pretrained"
             )
         raise _not_found(rest, len(names), entries)
     return keys | (found[0] if found else {})

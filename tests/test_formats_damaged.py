@@ -84,7 +84,12 @@ TENSOR_CHANGES = {
     "no B": ("second__lora_B", None, "only the A of second"),
     "a magnitude": ("second__lora_magnitude_vector", torch.ones(2), "second is adapted by DoRA"),
     "a strange module": ("third__lora_A", torch.ones(2, 2), "only the A of third"),
-    "an undeclared bias": ("second", torch.ones(2), "neither an A or B"),
+    "a weight of another shape": (
+        "second",
+        torch.ones(2),
+        r"second.weight is \(2, 3\) in the model",
+    ),
+    "a lora of nothing": ("second__lora_C", torch.ones(2), "not a name in an adapter"),
 }
 
 

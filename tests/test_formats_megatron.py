@@ -215,7 +215,7 @@ def test_what_megatron_has_no_place_for_is_refused():
         to_megatron(file_of(adapted()), wrong)
     trained_head = adapted()
     trained_head.lm_head.weight.requires_grad_(True)
-    with pytest.raises(AdapterError, match=r"lm_head.weight is saved whole"):
+    with pytest.raises(AdapterError, match=r"lm_head.weight is saved in full"):
         to_megatron(file_of(trained_head), LAYOUT)
 
 

@@ -88,13 +88,13 @@ def test_a_file_of_torchtune_itself_gets_a_config():
 
 
 def test_what_torchtune_has_no_place_for_is_refused():
-    with pytest.raises(AdapterError, match="one lora_rank"):
+    with pytest.raises(AdapterError, match="torchtune has one of each"):
         to_torchtune(file_of(adapted(rank_pattern={"q_proj": 5})), LAYOUT)
     with pytest.raises(AdapterError, match="q_proj has 32 rows"):
         to_torchtune(file_of(adapted()), AttentionLayout(heads=8, groups=2, head_dim=8))
     trained_head = adapted()
     trained_head.lm_head.weight.requires_grad_(True)
-    with pytest.raises(AdapterError, match="saved whole"):
+    with pytest.raises(AdapterError, match="saved in full"):
         to_torchtune(file_of(trained_head), LAYOUT)
 
 

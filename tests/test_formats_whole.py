@@ -156,6 +156,25 @@ def test_a_random_head_of_two_linears_comes_back_adapted_or_not(tmp_path, target
     torch.testing.assert_close(logits(theirs), logits(model), **TOLERANCE)
 
 
+def test_the_state_of_a_whole_live_peft_model_is_read(base_dir, tmp_path):
+    """The base's own values beside A and B say nothing new; others are loaded as PEFT does."""
+    trained = saved_by_peft(load(base_dir), tmp_path / "theirs", target_modules=["q_proj"])
+    state = {f"base_model.model.{k}": t.clone() for k, t in trained.state_dict().items()}
+    save_file(state, tmp_path / "theirs" / TENSORS)
+    ours = load_adapter(load(base_dir), tmp_path / "theirs")
+    torch.testing.assert_close(logits(ours), logits(trained), **TOLERANCE)
+    assert len([p for p in ours.parameters() if p.requires_grad]) == 4
+    key = "base_model.model.model.norm.weight"
+    save_file(state | {key: state[key] * 2}, tmp_path / "theirs" / TENSORS)
+    with pytest.warns(
+        UserWarning, match=r"other values than the model of model.norm.weight, which"
+    ):
+        ours = load_adapter(load(base_dir), tmp_path / "theirs")
+    theirs = logits(loaded_by_peft(load(base_dir), tmp_path / "theirs"))
+    torch.testing.assert_close(logits(ours), theirs, **TOLERANCE)
+    assert not ours.model.norm.weight.requires_grad
+
+
 def test_two_values_of_one_module_are_refused(tmp_path, base_dir):
     saved_by_peft(
         load(base_dir),

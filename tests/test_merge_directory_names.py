@@ -64,6 +64,23 @@ def test_a_base_with_another_prefix_is_found_and_an_ambiguous_one_refused(tmp_pa
         run(files)
 
 
+def test_shapes_decide_between_two_prefixes_and_a_layers_number_is_never_exchanged(tmp_path):
+    files = case(tmp_path, shard="1GB")
+    path = files.base / "model.safetensors"
+    state = {k: v for k, v in load_file(path).items() if k.startswith("model.layers.")}
+    wide = {f"vision.{k}": torch.cat([v, v]) for k, v in state.items()}
+    save_file({f"text.{k}": v for k, v in state.items()} | wide, path)
+    run(files)
+    key = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(tensors(files.out)[f"text.{key}"], state[key])
+    assert torch.equal(tensors(files.out)[f"vision.{key}"], wide[f"vision.{key}"])
+    last = {k: v for k, v in state.items() if ".layers.0." in k}
+    save_file({k.replace("layers.0", "layers.7"): v for k, v in last.items()}, path)
+    shutil.rmtree(files.out)
+    with pytest.raises(AdapterError, match=r"holds no weight for model.layers.0"):
+        run(files)
+
+
 def test_modules_that_the_checkpoint_lacks_are_named(tmp_path):
     files = case(tmp_path)
     other = trained(models.bert())

@@ -14,6 +14,7 @@ from bridge.peft.formats.convert.layout import AttentionLayout
 from bridge.peft.formats.peft.adapter_file import AdapterFile, check_adapter
 from bridge.peft.formats.peft.config import alpha_for, new_config
 from bridge.peft.formats.peft.names import choose_targets
+from bridge.peft.model.walk import some_names
 
 _PEFT_NAME = re.compile(r"(?P<prefix>.*\.)?layers\.(?P<layer>\d+)\.(?P<end>\w+\.\w+)")
 
@@ -89,11 +90,7 @@ def places(
     Raises:
         AdapterError: A module is none of these, or there is more than A and B.
     """
-    if adapter.whole:
-        raise AdapterError(
-            f"{next(iter(adapter.whole))} is saved whole, which a {tool} adapter cannot hold; "
-            "save it with the base model"
-        )
+    check_nothing_whole(adapter, tool)
     found: dict[str, tuple[int, str]] = {}
     prefixes: set[str] = set()
     for fqn in adapter.tensors:
@@ -110,6 +107,39 @@ def places(
     if len(prefixes) > 1:
         raise AdapterError(f"the adapter covers {len(prefixes)} stacks of layers; convert one")
     return next(iter(prefixes), "model."), found
+
+
+def check_nothing_whole(adapter: AdapterFile, tool: str) -> None:
+    """Raise `AdapterError` if an adapter is more than A and B.
+
+    Args:
+        adapter: A PEFT adapter.
+        tool: Whose format cannot say it, for the message.
+    """
+    if adapter.whole:
+        raise AdapterError(
+            f"{some_names(sorted(adapter.whole))} is saved in full, which an adapter of {tool} "
+            "cannot hold; save it with the base model"
+        )
+
+
+def one_rank_and_scale(adapter: AdapterFile, tool: str) -> tuple[int, float]:
+    """The rank and the scale of all modules of an adapter.
+
+    Args:
+        adapter: A PEFT adapter.
+        tool: Whose format has one of each, for the message.
+
+    Raises:
+        AdapterError: They differ.
+    """
+    found = {(adapter.rank(fqn), adapter.scale(fqn)) for fqn in adapter.tensors}
+    if len(found) > 1:
+        raise AdapterError(
+            f"the modules differ in rank or scale, and an adapter of {tool} has one of each; "
+            "resize the adapter to one rank first"
+        )
+    return found.pop()
 
 
 def prefix_of(extra: Mapping[str, Any]) -> str:

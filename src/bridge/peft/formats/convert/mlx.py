@@ -14,7 +14,14 @@ from typing import Any
 from torch import Tensor
 
 from bridge.peft.errors import AdapterError, AdapterFileError
-from bridge.peft.formats.convert.converted import Converted, Step, extra_of, restored
+from bridge.peft.formats.convert.converted import (
+    Converted,
+    Step,
+    check_nothing_whole,
+    extra_of,
+    one_rank_and_scale,
+    restored,
+)
 from bridge.peft.formats.convert.layout import AttentionLayout
 from bridge.peft.formats.peft.adapter_file import AdapterFile
 from bridge.peft.formats.peft.fields import is_dropout
@@ -36,25 +43,14 @@ def to_mlx(adapter: AdapterFile, layout: AttentionLayout) -> Converted:
     Raises:
         AdapterError: mlx_lm would adapt other modules, or the modules differ in rank or scale.
     """
-    if adapter.whole:
-        raise AdapterError(
-            f"{next(iter(adapter.whole))} is saved whole, which an mlx_lm adapter cannot hold; "
-            "save it with the base model"
-        )
-    ranks = {adapter.rank(fqn) for fqn in adapter.tensors}
-    scales = {adapter.scale(fqn) for fqn in adapter.tensors}
-    if len(ranks) > 1 or len(scales) > 1:
-        raise AdapterError(
-            "the modules differ in rank or scale, and an mlx_lm adapter has one of each; resize "
-            "the adapter to one rank first"
-        )
+    check_nothing_whole(adapter, "mlx_lm")
+    rank, scale = one_rank_and_scale(adapter, "mlx_lm")
     if layout.layers is None:
         raise AdapterError("mlx_lm counts layers from the last; pass the model's directory")
     keys, first = _last_layers(adapter, layout.layers)
     tensors: dict[str, Tensor] = {}
     for fqn, (a, b) in adapter.tensors.items():
         tensors[f"{fqn}.lora_a"], tensors[f"{fqn}.lora_b"] = a.T.contiguous(), b.T.contiguous()
-    rank, scale = ranks.pop(), scales.pop()
     dropout = adapter.parsed.lora_dropout
     config = {
         "fine_tune_type": "lora",

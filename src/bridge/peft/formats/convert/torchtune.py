@@ -14,11 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from bridge.peft.errors import AdapterError, AdapterFileError
+from bridge.peft.errors import AdapterFileError
 from bridge.peft.formats.convert.converted import (
     Converted,
     Step,
     extra_of,
+    one_rank_and_scale,
     places,
     prefix_of,
     restored,
@@ -56,13 +57,7 @@ def to_torchtune(adapter: AdapterFile, layout: AttentionLayout) -> Converted:
         AdapterError: A module has no counterpart.
     """
     prefix, found = places(adapter, (*NAMES, _HEAD), "torchtune")
-    scales = {adapter.scale(fqn) for fqn in adapter.tensors}
-    ranks = {adapter.rank(fqn) for fqn in adapter.tensors}
-    if len(ranks) > 1 or len(scales) > 1:
-        raise AdapterError(
-            "the modules differ in rank or scale, and a torchtune recipe has one lora_rank and one "
-            "lora_alpha; resize the adapter to one rank first"
-        )
+    rank, scale = one_rank_and_scale(adapter, "torchtune")
     tensors: dict[str, Tensor] = {}
     steps: list[Step] = []
     for fqn, (a, b) in adapter.tensors.items():
@@ -72,7 +67,7 @@ def to_torchtune(adapter: AdapterFile, layout: AttentionLayout) -> Converted:
             b = interleave_halves(b, _even(layout, name, b))
         tensors[f"{name}.lora_a.weight"], tensors[f"{name}.lora_b.weight"] = a, b.contiguous()
         steps.append(Step(name=name, how=_how(permuted)))
-    extra = extra_of(adapter, layout, ranks.pop(), scales.pop(), format="torchtune", prefix=prefix)
+    extra = extra_of(adapter, layout, rank, scale, format="torchtune", prefix=prefix)
     return Converted(tensors=tensors, extra=extra, steps=steps)
 
 

@@ -33,8 +33,6 @@ from bridge.peft.formats.peft.keys import KEY_PREFIX, MAX_NAME_LENGTH, split_key
 _SUFFIXES = (".lora_A.weight", ".lora_B.weight")
 #: Where PEFT puts the base's own parameters of an adapted module.
 _BASE = ".base_layer."
-#: Saved by PEFT without a word in the config, when the vocabulary was resized or they are adapted.
-_EMBEDDINGS = frozenset(("embed_tokens", "lm_head", "wte", "shared", "word_embeddings"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +85,7 @@ class AdapterFile:
 
     @property
     def frozen(self) -> set[str]:
-        """Names in `whole` that were not trained: saved because the base may not have them."""
+        """Names in `whole` that the config does not name: the base may have other values there."""
         return {name for name in self.whole if not _is_trained(name, self.parsed)}
 
     def rank(self, fqn: str) -> int:
@@ -154,10 +152,10 @@ def adapter_from(
         AdapterFileError: They do not make an adapter, or one that cannot be honoured.
     """
     adapter = AdapterFile(config=config, tensors={}, extra=extra)
-    parsed = adapter.parsed  # a config of another method explains strange keys, so it comes first
+    assert adapter.parsed  # raises: a config of another method explains strange keys
     pairs, rest = split_keys(tensors)
     adapter.tensors.update(pairs)
-    adapter.whole.update(_whole_tensors(rest, pairs, parsed))
+    adapter.whole.update(_whole_tensors(rest, pairs))
     check_adapter(adapter)
     return adapter
 
@@ -224,32 +222,18 @@ def write_adapter(adapter: AdapterFile, directory: str | Path) -> Path:
     return directory
 
 
-def _whole_tensors(
-    rest: Mapping[str, Tensor], adapted: Collection[str], config: PeftConfig
-) -> dict[str, Tensor]:
-    """What is neither A nor B, by name in the base model; an error if the config is silent."""
+def _whole_tensors(rest: Mapping[str, Tensor], adapted: Collection[str]) -> dict[str, Tensor]:
+    """What is neither A nor B, by name in the base model."""
     whole: dict[str, Tensor] = {}
-    for name, tensor in rest.items():
-        fqn, found, last = name.rpartition(_BASE)
-        is_base = found and fqn in adapted
-        name = f"{fqn}.{last}" if is_base else name
-        if not (is_base or is_vocabulary(name) or _is_trained(name, config)):
+    for key, tensor in rest.items():
+        fqn, found, last = key.rpartition(_BASE)
+        name = f"{fqn}.{last}" if found and fqn in adapted else key
+        if ".lora_" in name or name in whole:
             raise AdapterFileError(
-                f"{TENSORS_NAME} holds {name!r}, which is neither an A or B of a linear nor "
-                "covered by modules_to_save or bias; save the adapter again"
+                f"{TENSORS_NAME} holds {key!r}, which is not a name in an adapter; save it again"
             )
         whole[name] = tensor
     return whole
-
-
-def is_vocabulary(name: str) -> bool:
-    """Whether a tensor is one that PEFT saves without a word in the config.
-
-    Args:
-        name: Its name in the base model.
-    """
-    parts = name.split(".")
-    return len(parts) > 1 and parts[-2] in _EMBEDDINGS and parts[-1] == "weight"
 
 
 def _is_trained(name: str, config: PeftConfig) -> bool:

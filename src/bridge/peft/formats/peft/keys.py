@@ -40,6 +40,9 @@ _OTHER_KINDS = {
     ".token_adapter.": "trained token embeddings",
     ".lora_B.bias": "a bias on B",
 }
+#: Modules that may be one and the same matrix, by the last component of their names.
+_HEADS = ("lm_head", "embed_out", "output_layer", "output", "head", "decoder", "proj_out")
+_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings")
 _COPY, _ORIGINAL = ".modules_to_save.", ".original_module."
 
 
@@ -128,6 +131,24 @@ def split_keys(
     return halves.pairs(), _trained_copies(rest, adapters.pop())
 
 
+def is_head(name: str) -> bool:
+    """Whether a tensor may be an output head's.
+
+    Args:
+        name: Its key.
+    """
+    return _module_name(name) in _HEADS
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a tensor may be an input embedding's.
+
+    Args:
+        name: Its key.
+    """
+    return _module_name(name) in _EMBEDDINGS
+
+
 def _names(keys: Iterable[str]) -> dict[str, str]:
     """The name behind each key: without the levels of wrappers, and without PEFT's prefix."""
     names = {key: clean_fqn(key) for key in keys}
@@ -178,3 +199,8 @@ def _trained_copies(rest: dict[str, Tensor], adapter: str | None) -> dict[str, T
             )
         whole[own] = tensor
     return whole
+
+
+def _module_name(key: str) -> str:
+    """The last component of the module that a tensor belongs to: `q_proj` of `….q_proj.weight`."""
+    return key.rpartition(".")[0].rpartition(".")[2]

@@ -15,7 +15,7 @@ from bridge.peft.formats.peft.describe import adapter_of
 from bridge.peft.formats.peft.fingerprint import differences
 from bridge.peft.formats.peft.fit import plan_load
 from bridge.peft.formats.peft.places import placed
-from bridge.peft.formats.peft.saved_whole import parameters_saved_whole
+from bridge.peft.formats.peft.saved_whole import parameters_saved_whole, replacements
 from bridge.peft.lora import Model
 from bridge.peft.model.adapt import Planned, adapt_in_place, check_can_be_adapted
 from bridge.peft.model.trained_parameters import replace_parameters
@@ -86,12 +86,12 @@ def load_adapter(
     planned, present = plan_load(adapter, root, lora_dtype)
     modules = {adapter.name_in_file(fqn): module for fqn, module, _ in planned}
     _check_base(adapter, modules, strict)
-    tensors = adapter.tensors
+    tensors, whole = adapter.tensors, replacements(adapter, root)
     if present:
         _set_values([(module, *tensors[fqn]) for fqn, module, _ in planned])
     else:
         adapt_in_place(root, [Planned(*item, tensors[item[0]]) for item in planned])
-    replace_parameters(root, adapter.whole, adapter.frozen)
+    replace_parameters(root, whole, adapter.frozen)
     return model
 
 

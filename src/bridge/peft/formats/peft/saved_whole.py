@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from bridge.peft.errors import AdapterError, AdapterFileError
-from bridge.peft.formats.peft.adapter_file import AdapterFile, is_vocabulary
+from bridge.peft.formats.peft.adapter_file import AdapterFile
+from bridge.peft.formats.peft.keys import is_embedding, is_head
 from bridge.peft.model.trained_parameters import (
     check_can_be_trained,
     lost_with_the_base,
@@ -63,7 +64,7 @@ def whole_of(
         fqn, _, last = name.rpartition(".")
         frozen = [p for p in module._parameters.values() if p is not None and not p.requires_grad]
         whole[name] = full_tensor(parameter)
-        if not parameter.requires_grad and (fqn in adapted or is_vocabulary(name)):
+        if not parameter.requires_grad and (fqn in adapted or is_head(name) or is_embedding(name)):
             continue  # PEFT asks for no field
         if last == "bias" and fqn in adapted:
             bias = "all" if bias == "all" else "lora_only"
@@ -125,10 +126,41 @@ def check_whole(adapter: AdapterFile, model: nn.Module, names: Mapping[str, nn.M
                 )
 
 
+def replacements(adapter: AdapterFile, model: nn.Module) -> dict[str, Tensor]:
+    """The tensors saved whole that are not the model's own already; warns of unexpected ones.
+
+    Args:
+        adapter: The file, checked against the model.
+        model: The model, not wrapped.
+    """
+    parameters = {clean_fqn(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+    frozen = {
+        name for name in adapter.frozen if not _are_same(parameters[name], adapter.whole[name])
+    }
+    kept = adapter.frozen - frozen
+    strange = [
+        name
+        for name in sorted(frozen - adapter.base_weights)
+        if not (is_head(name) or is_embedding(name) or name.rpartition(".")[0] in adapter.tensors)
+    ]
+    if strange:
+        warnings.warn(
+            f"the file holds other values than the model of {some_names(strange)}, which its "
+            "config does not name; they are loaded, as PEFT does",
+            stacklevel=3,
+        )
+    return {name: tensor for name, tensor in adapter.whole.items() if name not in kept}
+
+
 def _is_of_same_base(parameter: Tensor, saved: Tensor) -> bool:
-    """Whether two tensors are the same, one perhaps rounded, but for the rows of new tokens."""
+    """Whether two tensors are the same but for the rows of new tokens."""
     half = -(-len(saved) // 2)
-    own, saved = parameter.detach().to(saved.device)[:half], saved[:half]
+    return _are_same(parameter[:half], saved[:half])
+
+
+def _are_same(parameter: Tensor, saved: Tensor) -> bool:
+    """Whether two tensors are the same, one perhaps rounded to the other's dtype."""
+    own = full_tensor(parameter).to(saved.device)
     return torch.equal(own.to(saved.dtype), saved) or torch.equal(own, saved.to(own.dtype))
 
 

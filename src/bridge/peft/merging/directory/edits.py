@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from bridge.peft.errors import AdapterError
 from bridge.peft.formats.files.safetensors_file import FLOATING, Entry
 from bridge.peft.formats.model_directory import Checkpoint
 from bridge.peft.formats.peft import AdapterFile
+from bridge.peft.formats.peft.keys import is_embedding, is_head
 from bridge.peft.formats.peft.places import exchanged
+from bridge.peft.merging.directory.vocabulary import (
+    check_ties,
+    embedding_of,
+    heads_alike,
+    is_stored,
+    new_vocabulary,
+    tied_heads,
+)
 from bridge.peft.merging.rounding import Term
 from bridge.peft.model.walk import some_names
 
-#: Modules that may be one and the same matrix, by the last component of their names.
-_HEADS = ("lm_head", "embed_out", "output_layer", "output", "head", "decoder", "proj_out")
-_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings")
 _Adapters = Sequence[tuple[AdapterFile, float]]
 
 
@@ -69,19 +73,21 @@ def plan_edits(checkpoint: Checkpoint, adapters: _Adapters, *, untie: bool) -> E
         AdapterError: A module is not in the checkpoint, has another shape, is quantised or tied.
     """
     entries, whole = checkpoint.entries(), _whole_tensors(adapters)
-    alike = _heads_alike(whole)
-    for name in alike - entries.keys():  # the embedding's new values are the head's
-        del whole[name]
+    alike = heads_alike(whole)
+    for name in alike:
+        if not is_stored(name, entries):  # the embedding's new values are the head's
+            del whole[name]
     shapes = _shapes(adapters) | {name: tuple(tensor.shape) for name, tensor in whole.items()}
-    ties = _tied_heads(checkpoint, entries, shapes)
-    are_brought = _embedding_of(whole) is not None  # both with values of their own
+    ties = tied_heads(checkpoint, entries, shapes)
+    are_brought = embedding_of(whole) is not None  # both with values of their own
     refused = [name for name in ties if not (untie or (are_brought and name in whole))]
     if refused:
         raise AdapterError(
             f"{refused[0]} is tied to {ties[refused[0]]}, which a merge would change too; --untie "
             "gives it values of its own"
         )
-    keys = _keys([name for name in shapes if name not in ties], shapes, entries, whole)
+    stored = [name for name in shapes if name not in ties or is_stored(name, entries)]
+    keys = _keys(stored, shapes, entries, whole)
     found = {name: entries.get(keys.get(name, name)) or entries[ties[name]] for name in shapes}
     # a shape shows which way round a tensor is stored, unless it is square
     any_turned = any(
@@ -96,73 +102,14 @@ def plan_edits(checkpoint: Checkpoint, adapters: _Adapters, *, untie: bool) -> E
         else:
             edit = _update(name.removesuffix(".weight"), entry, adapters, any_turned=any_turned)
         edits[keys.get(name, name)] = edit
-    _check_ties(checkpoint, whole, alike)
-    heads = [name for name in shapes if _module_name(name) in _HEADS and name not in alike]
+    check_ties(checkpoint, whole, alike)
+    heads = [name for name in shapes if is_head(name) and name not in alike]
     return Edits(
         edits,
-        untied={name: source for name, source in ties.items() if name not in entries},
+        untied={name: source for name, source in ties.items() if name not in keys},
         heads_differ=bool(heads),
-        vocabulary=_new_vocabulary(found, whole, entries, edits),
+        vocabulary=new_vocabulary(found, whole, entries, edits),
     )
-
-
-def _embedding_of(whole: Mapping[str, Tensor]) -> Tensor | None:
-    """The values of the input embedding among tensors saved whole, if they are there."""
-    names = [name for name in whole if _module_name(name) in _EMBEDDINGS]
-    return whole[names[0]] if len(names) == 1 else None
-
-
-def _heads_alike(whole: Mapping[str, Tensor]) -> set[str]:
-    """The heads saved whole that hold what the embedding saved beside them holds: tied ones."""
-    embedding = _embedding_of(whole)
-    return {
-        name
-        for name, tensor in whole.items()
-        if _module_name(name) in _HEADS and embedding is not None and torch.equal(tensor, embedding)
-    }
-
-
-def _check_ties(checkpoint: Checkpoint, whole: Mapping[str, Tensor], alike: set[str]) -> None:
-    """Refuse a new embedding whose tied head the adapter says nothing of."""
-    if _tie_flag(checkpoint.config) is False or alike:
-        return
-    names = [name for name in whole if _module_name(name) in _EMBEDDINGS]
-    if names and not any(_module_name(name) in _HEADS for name in whole):
-        raise AdapterError(
-            f"the adapter brings a new {names[0]}, which may be tied to the output head; load the "
-            "model and the adapter in Python, merge(model) and save_pretrained"
-        )
-
-
-def _new_vocabulary(
-    found: Mapping[str, Entry],
-    whole: Mapping[str, Tensor],
-    entries: Mapping[str, Entry],
-    edits: Mapping[str, Edit],
-) -> tuple[int, int] | None:
-    """How many tokens there were and are, where embedding or head have other rows."""
-    sizes = {
-        (entry.shape[0], whole[name].shape[0])
-        for name, entry in found.items()
-        if name in whole and tuple(whole[name].shape) != entry.shape
-    }
-    if not sizes:
-        return None
-    old, new = min(sizes)
-    left = [
-        key
-        for key, entry in entries.items()
-        if _module_name(key) in (*_HEADS, *_EMBEDDINGS)
-        and entry.shape[:1] == (old,)
-        and key not in edits
-    ]
-    if len(sizes) > 1 or left:
-        what = f"{left[0]} keeps {old}" if left else "embedding and head differ"
-        raise AdapterError(
-            f"the adapter brings a vocabulary of {new} tokens instead of {old}, and {what}; load "
-            "the model and the adapter in Python, merge(model) and save_pretrained"
-        )
-    return old, new
 
 
 def _shapes(adapters: _Adapters) -> dict[str, tuple[int, ...]]:
@@ -221,43 +168,13 @@ def _update(fqn: str, entry: Entry, adapters: _Adapters, *, any_turned: bool) ->
 
 def _replacement(name: str, entry: Entry, tensor: Tensor) -> Edit:
     shape = tuple(tensor.shape)
-    is_resized = _module_name(name) in (*_HEADS, *_EMBEDDINGS) and shape[1:] == entry.shape[1:]
+    is_resized = (is_head(name) or is_embedding(name)) and shape[1:] == entry.shape[1:]
     if (shape != entry.shape and not is_resized) or entry.dtype not in FLOATING:
         raise AdapterError(
             f"{name} is {list(tensor.shape)} in the adapter and {list(entry.shape)} "
             f"({entry.dtype}) in the checkpoint; merge it into the model that it was trained on"
         )
     return Edit(name, replacement=tensor)
-
-
-def _tied_heads(
-    checkpoint: Checkpoint, entries: Mapping[str, Entry], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, str]:
-    """The changed output heads that are the embedding too, with the embedding's key."""
-    flag = _tie_flag(checkpoint.config)
-    embeddings = [
-        entry
-        for entry in entries.values()
-        if entry.name.endswith(".weight") and _module_name(entry.name) in _EMBEDDINGS
-    ]
-    found: dict[str, str] = {}
-    for name, shape in shapes.items():
-        if _module_name(name) in _HEADS and (flag or (flag is None and name not in entries)):
-            if same := [entry.name for entry in embeddings if entry.shape[1:] == shape[1:]]:
-                found[name] = same[0]
-    return found
-
-
-def _tie_flag(config: Mapping[str, Any]) -> bool | None:
-    for part in (config, config.get("text_config")):
-        if isinstance(part, Mapping) and isinstance(part.get("tie_word_embeddings"), bool):
-            return part["tie_word_embeddings"]
-    return None
-
-
-def _module_name(key: str) -> str:
-    """The last component of the module that a tensor belongs to: `q_proj` of `….q_proj.weight`."""
-    return key.rpartition(".")[0].rpartition(".")[2]
 
 
 def _keys(
@@ -285,8 +202,8 @@ def _keys(
         if new := [name for name in rest if name in whole]:
             raise AdapterError(
                 f"the adapter brings {some_names(new)} in full, which the checkpoint does not "
-                "hold; load the kind of model that it was trained on and the adapter in Python, "
-                "merge(model) and save_pretrained"
+                "hold under that name; load the kind of model that it was trained on and the "
+                "adapter in Python, merge(model) and save_pretrained"
             )
         raise _not_found(rest, len(names), entries)
     return keys | (found[0] if found else {})

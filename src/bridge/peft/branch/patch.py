@@ -76,6 +76,10 @@ def adapted_class(base_type: type[nn.Module]) -> type[LoRAMixin]:
     }
     if not plain:
         namespace["forward"] = LoRAMixin.forward
+    if isinstance(vars(base_type).get("weight"), property):
+        # torch.nn.utils.parametrize deletes its properties from the very class of the module
+        namespace |= {n: v for n, v in vars(base_type).items() if isinstance(v, property)}
+        return type(f"{base_type.__name__}Adapter", (kind, *base_type.__bases__), namespace)
     return type(f"{base_type.__name__}Adapter", (kind, base_type), namespace)
 
 

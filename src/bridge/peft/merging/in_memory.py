@@ -206,8 +206,8 @@ def _check_mergeable(fqn: str, layer: LoRAMixin) -> None:
     if "weight" not in layer._parameters:
         raise AdapterError(
             f"the weight of {fqn} is computed from other parameters (pruning, weight or spectral "
-            "norm, a parametrization); make it a plain weight first (prune.remove, "
-            "remove_parametrizations, …)"
+            "norm, a parametrization); make it a plain nn.Parameter first (prune.remove, "
+            "remove_parametrizations)"
         )
     if not layer.is_linear():
         raise AdapterError(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import UninitializedParameter
 
 from bridge.peft.branch.mixin import LoRAMixin, Start
 from bridge.peft.branch.options import BranchOptions
@@ -59,6 +60,11 @@ def check_can_be_adapted(model: nn.Module) -> None:
             "start from the base model, or go on with the adapter it has"
         )
     for fqn, module in model.named_modules():
+        if any(isinstance(p, UninitializedParameter) for p in module._parameters.values()):
+            raise AdapterError(
+                f"{fqn or 'the model'} is a {type(module).__name__}, whose shape is not known yet; "
+                "run one forward of the model first"
+            )
         if type(module).__module__.startswith("peft."):
             raise AlreadyAdaptedError(
                 f"the model already carries an adapter of PEFT ({fqn or 'the model itself'} is a "

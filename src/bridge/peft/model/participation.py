@@ -169,7 +169,9 @@ class Watch:
         holder = self._holders[layer]
         siblings = _siblings(holder, layer)
         idle_expert = any(isinstance(s, LoRAMixin) and s not in self._waiting for s in siblings)
-        return holder in self._ran and not idle_expert
+        # one that is compiled by itself is called within its graph, which tells nobody
+        is_compiled = layer._compiled_call_impl is not None
+        return holder in self._ran and not idle_expert and not is_compiled
 
     def _warn_bypassed(self, bypassed: list[LoRAMixin]) -> None:
         names = [self._waiting[layer] for layer in bypassed]

@@ -47,6 +47,10 @@ def replace_parameters(
         old = module._parameters[name]
         assert old is not None
         is_one = all(torch.equal(values[fqn], values[first]) for _, _, fqn in group)
+        if is_one and old.requires_grad and first not in frozen and not old.is_meta:
+            with torch.no_grad():  # in training already: an optimizer may hold it
+                old.copy_(values[first])
+            continue
         if uses[id(old)] > len(group) or not is_one:
             forget_tie(model)
         new: nn.Parameter | None = None

@@ -68,6 +68,8 @@ def choose_path(
     for t in tensors:
         if t is not None and not is_plain(t):
             return ComputePath("reference", f"{type(t).__name__} is a tensor subclass")
+        if t is not None and t.is_nested:
+            return ComputePath("reference", "a nested tensor has no rows of one width")
         if t is not None and t.dtype not in TRAINABLE_DTYPES:
             return ComputePath("reference", f"{t.dtype} is not a dtype of the fast path")
     if torch.compiler.is_compiling():

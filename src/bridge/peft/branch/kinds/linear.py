@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -92,9 +94,10 @@ class LinearAdapter(LoRAMixin, nn.Linear):
         weight = self.base_weight
         if self.plain_forward or not is_plain(weight):
             return True
-        x = torch.randn(_ROWS, self.in_features, dtype=weight.dtype, device=weight.device)
-        with torch.no_grad():
-            expected, got = F.linear(x, weight, self.bias), self._base_forward(x)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(_ROWS, self.in_features, generator=generator).to(weight)
+        with torch.no_grad():  # on a copy, whose observers may see it
+            expected, got = F.linear(x, weight, self.bias), copy.deepcopy(self)._base_forward(x)
         tolerance = 100 * torch.finfo(weight.dtype).eps * float(expected.abs().max())
         return torch.allclose(got, expected, rtol=0.0, atol=tolerance)
 
@@ -109,10 +112,10 @@ def _own_forward_reason(module: nn.Module) -> str | None:
     if forward is nn.Linear.forward or not is_plain(weight) or not weight.is_floating_point():  # pyright: ignore
         return None
     shape = (_ROWS, module.in_features)
-    x = torch.zeros(shape, dtype=weight.dtype, device=weight.device)  # pyright: ignore
+    x = torch.zeros(shape, dtype=weight.dtype, device="meta")  # pyright: ignore
     try:
-        with torch.no_grad():
-            out = forward(module, x)
+        with torch.no_grad():  # on a copy without values: an observer in it must see nothing
+            out = forward(copy.deepcopy(module).to("meta"), x)
     except TypeError:  # it takes more than x, which its callers know
         return None
     except Exception as error:

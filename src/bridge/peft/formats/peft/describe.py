@@ -77,6 +77,8 @@ def _layers(model: nn.Module) -> dict[str, LoRAMixin]:
             )
         if module.lora_a.weight.is_meta or module.lora_b.weight.is_meta:
             raise AdapterError(f"{fqn} is on the meta device and has no values to save; load them")
+        if not module.adapter_enabled:
+            raise AdapterError(f"{fqn} is switched off; leave disable_adapters before you save")
         layers[fqn] = module
     if not layers:
         raise AdapterError("the model has no adapters to save; LoRA(...)(model) adds them")

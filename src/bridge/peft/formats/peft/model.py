@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bridge.peft.branch.mixin import LoRAMixin
-from bridge.peft.errors import AdapterFileError
+from bridge.peft.errors import AdapterError, AdapterFileError
 from bridge.peft.formats.peft.adapter_file import AdapterFile, read_adapter, write_adapter
 from bridge.peft.formats.peft.describe import adapter_of
 from bridge.peft.formats.peft.fingerprint import differences
@@ -47,9 +47,16 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
     parameters += [p for _, p in parameters_saved_whole(unwrap(model)).values()]
     if not any(map(is_sharded, parameters)):
         return write_adapter(adapter, directory)
+    failure: list[AdapterError | None] = [None]
     if torch.distributed.get_rank() == 0:
-        write_adapter(adapter, directory)
-    torch.distributed.barrier()
+        try:
+            write_adapter(adapter, directory)
+        except AdapterError as error:
+            failure = [error]
+    # all ranks learn what became of it, or the others would wait for ever
+    torch.distributed.broadcast_object_list(failure)
+    if failure[0] is not None:
+        raise failure[0]
     return Path(directory)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from bridge.peft.errors import AdapterError
 from bridge.peft.formats.peft import AdapterFile, load_adapter, read_adapter
 from bridge.peft.formats.peft.fingerprint import differences
 from bridge.peft.formats.peft.fit import plan_load
+from bridge.peft.formats.peft.places import placed
 from bridge.peft.lora import LoRA
 from bridge.peft.model.participation import check_still_adapted
 from bridge.peft.model.walk import adapted_modules, base_modules, unwrap
@@ -66,6 +68,8 @@ def _file_checks(directory: str | Path, model: nn.Module | None) -> list[Check]:
     checks = [Check("file", "pass", f"{len(file.tensors)} modules, safetensors and config agree")]
     checks += tensor_checks(file.tensors)
     if model is not None:
+        with contextlib.suppress(AdapterError):  # which `_fits` then says
+            file = placed(file, model)
         checks += [_fits(file, model), _same_base(file, model)]
     return checks
 
@@ -84,7 +88,8 @@ def _same_base(file: AdapterFile, model: nn.Module) -> Check:
     stored = file.extra.get("base")
     if not stored:
         return Check(name, "skip", "the file does not say which base it was trained on")
-    if found := differences(stored, base_modules(model)):
+    modules = {file.name_in_file(fqn): module for fqn, module in base_modules(model).items()}
+    if found := differences(stored, modules):
         detail = f"{found[0]} ({len(found)} of {len(stored)} differ)"
         return Check(name, "warn", detail, "load the base model that the adapter was trained on")
     return Check(name, "pass", "the base is the one that the adapter was trained on")

@@ -26,10 +26,9 @@ from bridge.peft.formats.peft import read_adapter, save_adapter
 from bridge.peft.lora import adapter_state_dict
 from bridge.peft.merging.in_memory import merge_weight
 from bridge.peft.merging.report import LOST
-from bridge.peft.merging.rounding import all_finite
 from bridge.peft.model.disable import disable_adapters
 from bridge.peft.model.participation import Watch
-from bridge.peft.tensors import is_plain
+from bridge.peft.tensors import all_finite, is_plain
 
 Layers = dict[str, LoRAMixin]
 _ROWS = 4

@@ -11,20 +11,13 @@ from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.dtypes import TRAINABLE_DTYPES
 from bridge.peft.errors import AdapterError
 from bridge.peft.merging.report import MergeReport, MergeRow
-from bridge.peft.merging.rounding import (
-    Rounding,
-    Scratch,
-    Update,
-    all_finite,
-    merge_rows,
-    row_blocks,
-)
+from bridge.peft.merging.rounding import Rounding, Update, merge_rows, row_blocks
 from bridge.peft.merging.shared_weights import sharers
 from bridge.peft.model.disable import check_kept
 from bridge.peft.model.participation import takes_no_part
 from bridge.peft.model.trained_parameters import forget_tie
 from bridge.peft.model.walk import adapted_modules, unwrap
-from bridge.peft.tensors import is_plain, is_sharded
+from bridge.peft.tensors import all_finite, is_plain, is_sharded
 
 #: The dtypes in which a merge can be computed.
 COMPUTE_DTYPES = (torch.float32, torch.float64)
@@ -65,10 +58,10 @@ def merge_weight(
     compute_dtype = torch.promote_types(compute_dtype, weight.dtype)
     update = Update.of([(lora_a, lora_b, scale)], dtype=compute_dtype, device=weight.device)
     merged = torch.empty_like(weight)
-    rounding, scratch = Rounding.none(weight.device), Scratch()
+    rounding = Rounding()
     for rows in row_blocks(*weight.shape, device=weight.device):
-        rounding += merge_rows(weight[rows], update, rows, merged[rows], scratch)
-    return merged, MergeRow.of(fqn, rounding, norm=update.norm())
+        rounding += merge_rows(weight[rows], update, rows, merged[rows])
+    return merged, MergeRow.of(fqn, rounding, update)
 
 
 @torch.no_grad()

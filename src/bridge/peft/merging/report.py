@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import torch
 
-from bridge.peft.merging.rounding import Rounding
+from bridge.peft.merging.rounding import Rounding, Update
 from bridge.peft.text_table import table
 
 #: Above this share of weights that stay the same, an update counts as lost.
@@ -35,15 +35,15 @@ class MergeRow:
     relative_update: float
 
     @classmethod
-    def of(cls, fqn: str, rounding: Rounding, *, norm: float) -> Self:
-        """The row of one merged layer; `norm` is the Frobenius norm of its update."""
-        meant, base = int(rounding.meant), math.sqrt(float(rounding.squares))
+    def of(cls, fqn: str, rounding: Rounding, update: Update) -> Self:
+        """The row of one merged layer."""
+        meant, base = update.meant(), math.sqrt(rounding.squares)
         return cls(
             fqn=fqn,
-            max_error=float(rounding.max_error),
-            mean_error=float(rounding.sum_error) / max(rounding.count, 1),
-            unchanged=max(0.0, 1 - int(rounding.changed) / meant) if meant else 0.0,
-            relative_update=norm / max(base, torch.finfo(torch.float32).tiny),
+            max_error=rounding.max_error,
+            mean_error=rounding.sum_error / max(rounding.count, 1),
+            unchanged=max(0.0, 1 - rounding.changed / meant) if meant else 0.0,
+            relative_update=update.norm() / max(base, torch.finfo(torch.float32).tiny),
         )
 
 

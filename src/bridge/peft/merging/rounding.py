@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -48,87 +47,55 @@ class Update:
         a = torch.cat([a.to(device, dtype) for a, _, _ in terms], dim=0)
         return cls(a.mT, b.mT) if transposed else cls(b, a)
 
-    @cached_property
-    def changing(self) -> Tensor:
-        """How many weights of each row it is to change: none where a factor is all zero."""
-        return self.left.ne(0).any(1) * self.right.ne(0).any(0).sum()
+    def meant(self) -> int:
+        """How many weights it is to change: none where the row or column of a factor is zero."""
+        return int(self.left.any(1).sum()) * int(self.right.any(0).sum())
 
     def norm(self) -> float:
         """Its Frobenius norm."""
         return low_rank.norm(self.right, self.left)
 
 
-class Scratch:
-    """Buffers that are used again for every block, so that no block pays for fresh memory."""
-
-    def __init__(self) -> None:
-        self._flat: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-
-    def like(self, slot: str, block: Tensor, dtype: torch.dtype) -> Tensor:
-        """A contiguous buffer of the shape and on the device of `block`, not initialised.
-
-        Two slots never share memory.
-        """
-        key = (slot, dtype, block.device)
-        flat = self._flat.get(key)
-        if flat is None or flat.numel() < block.numel():
-            flat = self._flat[key] = torch.empty(block.numel(), dtype=dtype, device=block.device)
-        return flat[: block.numel()].view(block.shape)
-
-
 @dataclass(frozen=True)
 class Rounding:
-    """What rounding did to some rows; 0-dim tensors, so that a GPU need not wait for the CPU.
+    """What rounding did to some rows; of none, by default.
 
     Attributes:
         max_error: Largest `|stored - exact|`.
-        sum_error: Sum of it.
+        sum_error: Sum of it; finite unless a stored weight is not, or it overflows.
         changed: How many stored weights differ from the base's, rounded to the same dtype.
-        meant: How many weights the update was to change.
         squares: Sum of the squared base weights.
         count: How many weights these are.
     """
 
-    max_error: Tensor
-    sum_error: Tensor
-    changed: Tensor
-    meant: Tensor
-    squares: Tensor
-    count: int
-
-    @classmethod
-    def none(cls, device: torch.device | str = "cpu") -> Rounding:
-        """The rounding of no rows."""
-        zero = torch.zeros((), dtype=torch.float64, device=device)
-        return cls(zero, zero, zero.long(), zero.long(), zero, 0)
-
-    @property
-    def total(self) -> Tensor:
-        """Finite unless a stored weight is not, or it overflows."""
-        return self.sum_error
+    max_error: float = 0.0
+    sum_error: float = 0.0
+    changed: int = 0
+    squares: float = 0.0
+    count: int = 0
 
     def __add__(self, other: Rounding) -> Rounding:
         return Rounding(
-            torch.maximum(self.max_error, other.max_error),
+            max(self.max_error, other.max_error),
             self.sum_error + other.sum_error,
             self.changed + other.changed,
-            self.meant + other.meant,
             self.squares + other.squares,
             self.count + other.count,
         )
 
 
-def row_blocks(rows: int, columns: int, device: torch.device | str = "cpu") -> Iterator[slice]:
-    """Cut a matrix into blocks of whole rows; a GPU takes larger ones."""
-    elements = _BLOCK.get(torch.device(device).type, _BLOCK_ON_DEVICE)
-    step = max(1, elements // max(columns, 1))
+def row_blocks(
+    rows: int, columns: int, device: torch.device | str = "cpu", elements: int | None = None
+) -> Iterator[slice]:
+    """Cut a matrix into blocks of whole rows, of about `elements`; by default a GPU takes more."""
+    elements = elements or _BLOCK.get(torch.device(device).type, _BLOCK_ON_DEVICE)
+    # in a block of fewer rows than eight, or after such a one, a product may round differently
+    step = max(8, elements // max(columns, 1) // 8 * 8)
     for start in range(0, rows if columns else 0, step):
         yield slice(start, min(start + step, rows))
 
 
-def merge_rows(
-    weight: Tensor, update: Update, rows: slice, out: Tensor, scratch: Scratch
-) -> Rounding:
+def merge_rows(weight: Tensor, update: Update, rows: slice, out: Tensor) -> Rounding:
     """Write some rows of `weight + update` into `out`, rounded once.
 
     Args:
@@ -136,51 +103,41 @@ def merge_rows(
         update: The update of the whole weight; its dtype is that of the computation.
         rows: Which rows these are.
         out: (rows, columns); its dtype may differ from the weight's.
-        scratch: Buffers to use.
 
     Returns:
         The statistics of these rows.
     """
     left = update.left[rows]
-    exact = scratch.like("exact", weight, left.dtype).copy_(weight)
-    squares = torch.linalg.vector_norm(exact).double().square()
-    error = scratch.like("error", weight, left.dtype)
+    exact = weight.to(left.dtype, copy=True)
+    norm = float(torch.linalg.vector_norm(exact))
     if out.dtype.itemsize < left.dtype.itemsize:
         exact.addmm_(left, update.right)
         out.copy_(exact)
-        error.copy_(out).sub_(exact)
+        error = exact.sub_(out)
     else:
-        _add_exactly(exact, torch.mm(left, update.right, out=error), out)
+        error = _add_exactly(exact, left @ update.right, out)
     error.abs_()
     return Rounding(
-        max_error=error.amax(),
-        sum_error=error.sum(),
-        changed=_count_changed(weight, out, scratch),
-        meant=update.changing[rows].sum(),
-        squares=squares,
+        max_error=float(error.amax()),
+        sum_error=float(error.sum()),
+        changed=_count_changed(weight, out),
+        squares=norm**2,
         count=error.numel(),
     )
 
 
-def all_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds no NaN and no inf; forty times as fast as to look at each value."""
-    # a sum with NaN or inf in it is never finite; one that overflows needs the closer look
-    total = tensor.sum(dtype=torch.float32 if tensor.dtype == torch.float16 else None)
-    return bool(total.isfinite()) or bool(tensor.isfinite().all())
-
-
-def _count_changed(weight: Tensor, merged: Tensor, scratch: Scratch) -> Tensor:
+def _count_changed(weight: Tensor, merged: Tensor) -> int:
     """How many weights differ from the base's; bits are compared, which is faster than numbers."""
-    before = weight if weight.dtype == merged.dtype else weight.to(merged.dtype)
-    integer = _INTEGERS[merged.dtype.itemsize]
-    differing = scratch.like("differing", merged, integer)
+    before, integer = weight.to(merged.dtype), _INTEGERS[merged.dtype.itemsize]
+    # in another dtype than this integer, the comparison takes four times as long
+    differing = torch.empty_like(merged, dtype=integer)
     torch.ne(before.view(integer), merged.view(integer), out=differing)
     # counts along the shorter side of a block fit any integer, and no other is made for them
-    return differing.sum(int(merged.shape[0] > merged.shape[1]), dtype=integer).sum()
+    return int(differing.sum(int(merged.shape[0] > merged.shape[1]), dtype=integer).sum())
 
 
-def _add_exactly(base: Tensor, update: Tensor, out: Tensor) -> None:
-    """Write `base + update` into `out`, and what rounding to its dtype took away into `update`.
+def _add_exactly(base: Tensor, update: Tensor, out: Tensor) -> Tensor:
+    """Write `base + update` into `out`; what rounding to its dtype took away.
 
     Where `out` is no narrower than the computation, the exact sum is not at hand to compare with,
     but its error is a float: Knuth's TwoSum (The Art of Computer Programming, vol. 2, 4.2.2).
@@ -188,4 +145,4 @@ def _add_exactly(base: Tensor, update: Tensor, out: Tensor) -> None:
     total = base + update
     out.copy_(total)
     virtual = total - base
-    update.sub_(virtual).add_(base - (total - virtual))
+    return (base - (total - virtual)).add_(update.sub_(virtual))

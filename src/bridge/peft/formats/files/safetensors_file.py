@@ -22,7 +22,7 @@ from torch import Tensor
 from bridge.peft.dtypes import SAFETENSORS_NAMES, dtype_name
 from bridge.peft.errors import AdapterError, AdapterFileError
 from bridge.peft.formats.files.untrusted import no_duplicates
-from bridge.peft.tensors import is_plain
+from bridge.peft.tensors import all_finite, is_plain
 
 #: The floating dtypes by their names in a header.
 FLOATING = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
@@ -138,7 +138,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         # whatever the library makes of bytes of unknown origin
         raise _damaged(path, str(error)) from error
     for key, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise AdapterFileError(
                 f"{path}: {key} holds NaN or inf; go back to an earlier checkpoint of the adapter"
             )

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from math import prod
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -19,12 +16,15 @@ from bridge.peft.errors import AdapterError
 from bridge.peft.formats.files.safetensors_file import FLOATING, Entry, Header, header_bytes
 from bridge.peft.merging.directory.edits import Edit
 from bridge.peft.merging.report import MergeRow
-from bridge.peft.merging.rounding import Rounding, Scratch, Update, all_finite, merge_rows
+from bridge.peft.merging.rounding import Rounding, Update, merge_rows, row_blocks
+from bridge.peft.tensors import all_finite
 
-#: What is written in one go: the buffers for it fit a core's cache, and larger writes are slower
-#: (40 % more time for a merge on Linux 6.18, ext4, with 2 MB and more).
-_PIECE_BYTES = 2**19
+#: Elements that a thread takes at a time, and that it changes and writes in one go: the buffers for
+#: these fit a core's cache.
+_PIECE, _BLOCK = 2**22, 2**17
 _MAX_WORKERS = 8
+#: A piece: its bytes, and its rounding when it is written.
+_Written = tuple[int, Future[Rounding]]
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,6 @@ class Target:
     entry: Entry
     source: Entry
     edit: Edit | None = None
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Some rows of a tensor: their first byte and size in both files, and what to add to all."""
-
-    target: Target
-    rows: slice
-    source: tuple[int, int]
-    entry: tuple[int, int]
-    update: Update | None
 
 
 def write_shard(
@@ -81,32 +70,36 @@ def write_shard(
     Raises:
         AdapterError: A merged weight is not finite, or too large for its dtype.
     """
-    updates = {t.entry.name: update for t in targets if (update := _update(t, compute_dtype))}
-    totals = {name: Rounding.none() for name in updates}
-    pieces = [piece for t in targets for piece in _cut(t, updates.get(t.entry.name))]
+    start = header_bytes((target.entry for target in targets), header.metadata)
+    with open(path, "wb") as file:
+        file.write(start)
+        file.truncate(len(start) + (targets[-1].entry.end if targets else 0))
+    files = _Files(source, header.data_start, path, len(start))
+    rows: list[MergeRow] = []
     threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(min(threads, _MAX_WORKERS), "merge", torch.set_num_threads, (1,))
+    torch.set_num_threads(1)  # small products: to share them out costs more than to compute them
     try:
-        with ExitStack() as stack:
-            writer = _Writer(source, header, path, targets, stack)
-            workers = min(threads, _MAX_WORKERS)
-            pool = ThreadPoolExecutor(workers, "merge", torch.set_num_threads, (1,))
-            stack.callback(pool.shutdown, cancel_futures=True)
-            norms = list(pool.map(Update.norm, updates.values()))  # as always on one thread
-            for piece, rounding in zip(pieces, pool.map(writer.write, pieces), strict=True):
-                if rounding is not None:
-                    totals[piece.target.entry.name] += rounding
-                progress(piece.entry[1])
+        work: list[tuple[Target, Update | None, list[_Written]]] = []
+        for target in targets:
+            update = _update(target, compute_dtype)
+            cut = [(size, pool.submit(files.write, target, p, update)) for p, size in _cut(target)]
+            work.append((target, update, cut))
+        for target, update, written in work:
+            rounding = Rounding()
+            for size, future in written:
+                rounding += future.result()
+                progress(size)
+            if target.edit is not None and update is not None:
+                rows.append(MergeRow.of(target.edit.fqn, rounding, update))
     finally:
-        torch.set_num_threads(threads)  # the workers set it to one for the process, too
-    fqns = {target.entry.name: target.edit.fqn for target in targets if target.edit}
-    return [
-        MergeRow.of(fqns[name], totals[name], norm=norm)
-        for name, norm in zip(updates, norms, strict=True)
-    ]
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+    return rows
 
 
 def _update(target: Target, dtype: torch.dtype) -> Update | None:
-    if target.edit is None or _is_replaced(target):
+    if target.edit is None or target.edit.replacement is not None:
         return None
     for entry in (target.entry, target.source):
         dtype = torch.promote_types(dtype, FLOATING[entry.dtype])
@@ -117,90 +110,72 @@ def _is_copy(target: Target) -> bool:
     return target.edit is None and target.entry.dtype == target.source.dtype
 
 
-def _is_replaced(target: Target) -> bool:
-    return target.edit is not None and target.edit.replacement is not None
+def _row(target: Target, entry: Entry) -> tuple[torch.dtype, int, int]:
+    """Dtype, columns and bytes of a row in one of the files; a copy's rows are its bytes."""
+    if _is_copy(target):
+        return torch.uint8, 1, 1
+    dtype, columns = FLOATING[entry.dtype], entry.shape[1] if len(entry.shape) == 2 else 1
+    return dtype, columns, max(1, columns) * dtype.itemsize
 
 
-def _columns(entry: Entry) -> int:
-    return entry.shape[1] if len(entry.shape) == 2 else 1
+def _cut(target: Target) -> Iterator[tuple[slice, int]]:
+    """Cut a tensor into pieces of whole rows, each with the bytes that it takes."""
+    _, columns, size = _row(target, target.entry)
+    for rows in row_blocks(target.entry.size // size, columns, elements=_PIECE):
+        yield rows, (rows.stop - rows.start) * size
 
 
-def _cut(target: Target, update: Update | None) -> Iterator[_Piece]:
-    """Cut a tensor into pieces of whole rows, or a copy into pieces of its bytes."""
-    source, entry = target.source, target.entry
-    columns = 1 if _is_copy(target) else _columns(entry)
-    count = entry.size if _is_copy(target) else prod(entry.shape)
-    rows = count // columns if count else 0
-    read, write = (e.size // rows if rows else 0 for e in (source, entry))
-    step = max(1, _PIECE_BYTES // max(write, 1))
-    for start in range(0, rows, step):
-        n = min(step, rows - start)
-        places = (source.start + start * read, n * read), (entry.start + start * write, n * write)
-        yield _Piece(target, slice(start, start + n), *places, update)
+@dataclass(frozen=True)
+class _Files:
+    """The base's file and the one to write, each with the start of its data."""
 
+    base: Path
+    base_start: int
+    merged: Path
+    merged_start: int
 
-class _Buffers(threading.local):
-    def __init__(self) -> None:
-        self.scratch = Scratch()
+    def write(self, target: Target, piece: slice, update: Update | None) -> Rounding:
+        """Write some rows of a tensor; the rounding, where they are merged."""
+        dtype, columns, size = _row(target, target.entry)
+        total, values = Rounding(), self._read(target, piece)
+        buffer = bytearray()
+        with open(self.merged, "r+b") as file:
+            file.seek(self.merged_start + target.entry.start + piece.start * size)
+            for block in row_blocks(len(values), columns, elements=_BLOCK):
+                base = values[block]
+                buffer = buffer or bytearray(base.numel() * dtype.itemsize)
+                out = torch.frombuffer(buffer, dtype=dtype, count=base.numel()).view(base.shape)
+                if _is_copy(target):
+                    out.copy_(base)
+                elif update is None:
+                    _cast(target, base, out)
+                else:
+                    rows = slice(piece.start + block.start, piece.start + block.stop)
+                    total += _merge(target, base, update, rows, out)
+                file.write(memoryview(buffer)[: out.nbytes])
+        return total
 
-
-class _Writer:
-    """Writes the pieces of one file, from several threads at once."""
-
-    def __init__(
-        self, source: Path, header: Header, path: Path, targets: Sequence[Target], stack: ExitStack
-    ) -> None:
-        start = header_bytes((target.entry for target in targets), header.metadata)
-        self._base_start, self._start = header.data_start, len(start)
-        with open(source, "rb") as base:
-            # copy-on-write, because torch takes no memory that must not be written to
-            self._base = mmap.mmap(base.fileno(), 0, access=mmap.ACCESS_COPY)
-        self._file = stack.enter_context(open(path, "wb", buffering=0))
-        self._lock = threading.Lock()
-        self._buffers = _Buffers()
-        self._write(0, memoryview(start))
-        self._file.truncate(len(start) + (targets[-1].entry.end if targets else 0))
-
-    def write(self, piece: _Piece) -> Rounding | None:
-        """Write a piece; the rounding, of a merged one."""
-        target, rounding = piece.target, None
-        out = base = self._read(piece)
-        if not _is_copy(target):
-            out = self._buffers.scratch.like("out", base, FLOATING[target.entry.dtype])
-            if piece.update is not None:
-                rounding = merge_rows(base, piece.update, piece.rows, out, self._buffers.scratch)
-                if not bool(rounding.total.isfinite()) and not all_finite(out):
-                    raise _not_finite(target, base)
-            else:
-                _cast(target, base, out)
-        content = (ctypes.c_char * out.nbytes).from_address(out.data_ptr())
-        self._write(self._start + piece.entry[0], memoryview(content))
-        if not _is_replaced(target):
-            self._forget(piece)
-        return rounding
-
-    def _read(self, piece: _Piece) -> Tensor:
+    def _read(self, target: Target, piece: slice) -> Tensor:
         """These rows of the base, where the system has them in memory, or of what replaces it."""
-        target, (start, size) = piece.target, piece.source
+        dtype, columns, size = _row(target, target.source)
         if target.edit is not None and target.edit.replacement is not None:
-            return target.edit.replacement.reshape(-1, _columns(target.entry))[piece.rows]
-        dtype = torch.uint8 if _is_copy(target) else FLOATING[target.source.dtype]
-        count, offset = size // dtype.itemsize, self._base_start + start
-        values = torch.frombuffer(self._base, dtype=dtype, count=count, offset=offset)
-        return values if _is_copy(target) else values.view(-1, _columns(target.source))
+            return target.edit.replacement.reshape(-1, columns)[piece]
+        start = self.base_start + target.source.start + piece.start * size
+        before, length = start % mmap.ALLOCATIONGRANULARITY, (piece.stop - piece.start) * size
+        with open(self.base, "rb") as file:
+            # copy-on-write, because torch takes no memory that must not be written to
+            mapped = mmap.mmap(
+                file.fileno(), before + length, access=mmap.ACCESS_COPY, offset=start - before
+            )
+        count = length // dtype.itemsize
+        return torch.frombuffer(mapped, dtype=dtype, count=count, offset=before).view(-1, columns)
 
-    def _write(self, offset: int, content: memoryview) -> None:
-        with self._lock:
-            self._file.seek(offset)
-            while content:
-                content = content[self._file.write(content) :]
 
-    def _forget(self, piece: _Piece) -> None:
-        """Take what was read out of this process's memory; the system may keep it."""
-        start, size = self._base_start + piece.source[0], piece.source[1]
-        before = start % mmap.PAGESIZE
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._base.madvise(mmap.MADV_DONTNEED, start - before, size + before)
+def _merge(target: Target, base: Tensor, update: Update, rows: slice, out: Tensor) -> Rounding:
+    rounding = merge_rows(base, update, rows, out)
+    if not isfinite(rounding.sum_error) and not all_finite(out):
+        raise _not_finite(target, base)
+    return rounding
 
 
 def _cast(target: Target, values: Tensor, out: Tensor) -> None:

@@ -1,6 +1,7 @@
 """What stands around an adapted model stays right: observers, optimizers, ranks, callers."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from bridge.peft import AdapterError, LoRA, disable_adapters, load_adapter, merge, save_adapter
 from bridge.peft.doctor import doctor
@@ -153,3 +155,45 @@ def fail_to_save():
 @pytest.mark.distributed
 def test_every_rank_learns_that_a_save_failed(tmp_path):
     on_ranks(2, fail_to_save, tmp_path)
+
+
+def test_compiled_dropout_takes_another_length_and_selective_checkpoints_the_same_gradients():
+    net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    model = trained(LoRA(dim=2, dropout=0.1)(net)).train()
+    compiled = torch.compile(model, backend="eager")
+    for length in (4, 6):
+        compiled(torch.randn(length, 8)).sum().backward()
+    model[0].dropout.p = model[2].dropout.p = 0.0
+    products = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    contexts = partial(create_selective_checkpoint_contexts, products)
+    x, gradients = torch.randn(3, 8, requires_grad=True), []
+    for run in (
+        lambda: checkpoint(model, x, use_reentrant=False, context_fn=contexts),
+        lambda: model(x),
+    ):
+        model.zero_grad()
+        run().sum().backward()
+        gradients.append(model[0].lora_a.weight.grad.clone())
+    torch.testing.assert_close(*gradients)
+
+
+def shard_a_read_head():
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = trained(LoRA(dim=2, target_modules=["lm_head"], seed=0)(models.llama())).eval()
+    with torch.no_grad():
+        wanted = model(ids()).logits
+        fully_shard(model, mesh=dist.init_device_mesh("cpu", (2,)))
+        torch.testing.assert_close(model(ids()).logits, wanted)
+
+
+@pytest.mark.distributed
+def test_a_head_that_is_read_is_sharded_as_its_base(tmp_path):
+    on_ranks(2, shard_a_read_head, tmp_path)
+
+
+def test_outside_of_a_forward_a_read_weight_is_the_parameter_itself():
+    model = trained(LoRA(dim=2, target_modules=["lm_head"])(models.llama()))
+    assert model.lm_head.weight is model.get_parameter("lm_head.weight")
+    assert model.lm_head.weight is model.lm_head.base_weight

@@ -293,7 +293,7 @@ def test_what_a_file_has_no_place_for_is_not_saved(tmp_path):
     )
     model["norm"].weight.requires_grad_(True)
     model["norm"].bias.requires_grad_(True)
-    with pytest.raises(AdapterError, match="norm is trained.*has buffers"):
+    with pytest.raises(AdapterError, match="norm has buffers"):
         save_adapter(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -229,14 +229,14 @@ class LoRA:
         if self.dropout and (undropped := [c.fqn for c in chosen if c.module in read]):
             yield f"{some_names(undropped)}: read by the model's own code, where dropout cannot act"
 
-    def _row(self, candidate: Candidate, read: Mapping[nn.Module, str]) -> PlanRow:
+    def _row(self, candidate: Candidate, read: Mapping[nn.Module, Sequence[nn.Module]]) -> PlanRow:
         options = self.options_for(candidate)
         module, weight = candidate.module, _weight(candidate)
         adapted = adapted_class(type(module))
         plain = adapted.plain_forward and is_plain(weight)
         path = choose_path(weight if plain else None, plain_linear=plain)
         if module in read:
-            path = ComputePath("read", READ.replace("other code", read[module]))
+            path = ComputePath("read", READ.replace("other code", type(read[module][0]).__name__))
         n_in, n_out = adapted.features(module)
         return PlanRow(
             fqn=candidate.fqn,

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
+from bridge.peft.branch.kinds.read_linear import hook_reader
 from bridge.peft.branch.mixin import LoRAMixin, Start
 from bridge.peft.branch.options import BranchOptions
 from bridge.peft.branch.patch import patch_in_place, take_branch_off
@@ -82,7 +83,9 @@ def adapt_in_place(
         planned: The modules to adapt; that they can be was checked before.
         trained: Modules that are trained in full beside the branches.
     """
-    read = read_weights(model).keys() | {output_head(model)}
+    read = read_weights(model)
+    if (head := output_head(model)) is not None:  # which trainers read for a loss without logits
+        read.setdefault(head, []).append(model)
     wanted_grad = [p for p in model.parameters() if p.requires_grad]
     layers: dict[str, LoRAMixin] = {}
     try:
@@ -93,6 +96,8 @@ def adapt_in_place(
         _undo(layers.values(), wanted_grad)
         raise
     train_in_full(model, trained)
+    for reader in {r for _, module, *_ in planned for r in read.get(module, ())}:
+        hook_reader(reader)
     let_inputs_require_grad(model)
     keep_encoders_off_fast_path(model)
     prepare_pretrained(model)

@@ -22,6 +22,8 @@ _METADATA = frozenset(
         *(
             "data",
             "requires_grad",
+            "SCB",
+            "quant_state",
             "is_floating_point",
             "data_ptr",
             "grad",
@@ -37,20 +39,20 @@ _READ = re.compile(r"(?<!self)\.weight\b")
 Path = tuple[str | None, ...]
 
 
-def read_weights(model: nn.Module) -> dict[nn.Module, str]:
-    """The modules whose `weight` another module's code reads, with that module's class name.
+def read_weights(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
+    """The modules whose `weight` other modules' code reads, with these.
 
     Args:
         model: The model; it is not run.
 
     Returns:
-        `{linear: "WavLMAttention"}`; empty where no source says so.
+        `{linear: [a WavLMAttention]}`; empty where no source says so.
     """
-    found: dict[nn.Module, str] = {}
+    found: dict[nn.Module, list[nn.Module]] = {}
     for module in model.modules():
         for path in _paths_read_by(type(module)):
             for target in _reached(module, path):
-                found.setdefault(target, type(module).__name__)
+                found.setdefault(target, []).append(module)
     return found
 
 
@@ -129,7 +131,10 @@ def _classes(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.ClassDef]]:
             yield from _classes(child, f"{prefix}{child.name}.<locals>.")
 
 
-def _reads(cls: ast.ClassDef) -> Iterator[Path]:
+def _reads(cls: ast.ClassDef) -> set[Path]:
+    """The paths whose weight a class computes with; not those that it writes in place."""
+    read: set[Path] = set()
+    written: set[Path] = set()
     for method in cls.body:
         if not isinstance(method, ast.FunctionDef) or _SETUP.fullmatch(method.name):
             continue
@@ -138,9 +143,22 @@ def _reads(cls: ast.ClassDef) -> Iterator[Path]:
         names = _aliases(nodes)
         for node in nodes:
             if isinstance(node, ast.Attribute) and node.attr == "weight":
-                path = _path(node.value, names)
-                if path and isinstance(node.ctx, ast.Load) and _uses_values(parents[node]):
-                    yield path
+                path, outer = _path(node.value, names), parents[node]
+                if path and (isinstance(node.ctx, ast.Store) or _is_written(outer)):
+                    written.add(path)
+                elif path and _uses_values(outer):
+                    read.add(path)
+    return read - written
+
+
+def _is_written(outer: ast.AST) -> bool:
+    """Whether what stands around a weight writes into it."""
+    match outer:
+        case ast.Attribute(attr=name):
+            return name.endswith("_") and not name.endswith("__")
+        case ast.Subscript(ctx=ast.Store()):
+            return True
+    return False
 
 
 def _aliases(nodes: list[ast.AST]) -> dict[str, Path]:
@@ -163,13 +181,10 @@ def _aliases(nodes: list[ast.AST]) -> dict[str, Path]:
 
 
 def _uses_values(outer: ast.AST) -> bool:
-    """Whether what stands around a weight may compute with it, not ask what it is or write it."""
+    """Whether what stands around a weight may compute with it, not only ask what it is."""
     match outer:
         case ast.Attribute(attr=name):
-            in_place = name.endswith("_") and not name.endswith("__")
-            return name not in _METADATA and not in_place
-        case ast.Subscript(ctx=ast.Store()):
-            return False
+            return name not in _METADATA
         case ast.Call(func=ast.Name(id="isinstance" | "hasattr" | "type" | "id")):
             return False
         case ast.Compare(ops=[ast.Is() | ast.IsNot()]):

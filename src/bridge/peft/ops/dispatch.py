@@ -48,6 +48,7 @@ _FUSED = ComputePath("fused", "plain linear: the branch is added into its result
 _BRANCH = ComputePath("branch", "the base's own forward, then the branch")
 _COMPILED = ComputePath("reference", "compiled: the compiler fuses the plain formula itself")
 _FROZEN = ComputePath("reference", "A or B is frozen, so the plain formula saves less")
+_OBSERVED = ComputePath("reference", "a dispatch mode looks on, which must see no writes in place")
 _TRACED = ComputePath("reference", "traced: a trace holds no autograd functions")
 _TRANSFORMED = ComputePath("reference", "inside torch.func or a forward-mode derivative")
 
@@ -76,6 +77,8 @@ def choose_path(
         return _COMPILED
     if torch._C._get_tracing_state() is not None:
         return _TRACED
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return _OBSERVED
     if not trains_a_and_b:
         return _FROZEN
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():

@@ -12,6 +12,8 @@ independent draws because the multipliers are random (multiply-shift hashing: Di
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,13 +47,12 @@ class SeededMask:
 
         Without a seed they come from the default generator.
         """
-        generator = None
+        # only where there is one: the overload that takes it refuses sizes that are not known yet
+        own: dict[str, Any] = {}
         if seed is not None and device.type != "meta":  # meta has no generator
-            generator = torch.Generator(device).manual_seed(seed)
+            own = {"generator": torch.Generator(device).manual_seed(seed)}
         lanes = 2 * rows + 3 * columns
-        words = torch.randint(
-            -(2**63), 2**63 - 1, (-(-lanes // 4),), device=device, generator=generator
-        )
+        words = torch.randint(-(2**63), 2**63 - 1, (-(-lanes // 4),), device=device, **own)
         parts = words.view(torch.int16).split_with_sizes(
             [rows, rows, columns, columns, columns, -lanes % 4]
         )

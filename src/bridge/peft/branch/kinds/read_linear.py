@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -13,15 +14,45 @@ from bridge.peft.ops.dispatch import ComputePath
 
 #: Why a layer is of this kind.
 READ = "other code reads its weight, which reads as W + s·B·A"
+#: How many readers run in this thread, one inside another.
+_running = threading.local()
+
+
+def hook_reader(module: nn.Module) -> None:
+    """Tell the read linears, in place, while a module runs that reads their weights.
+
+    Args:
+        module: Its forward, or what it calls, takes `layer.weight` of some of them.
+    """
+    if _begin not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(_begin)
+        module.register_forward_hook(_end, always_call=True)
+
+
+def _begin(module: nn.Module, args: Any) -> None:
+    if not torch.compiler.is_compiling():
+        _running.depth = getattr(_running, "depth", 0) + 1
+
+
+def _end(module: nn.Module, args: Any, output: Any) -> None:
+    if not torch.compiler.is_compiling():
+        _running.depth = max(0, getattr(_running, "depth", 0) - 1)
+
+
+def _is_being_read() -> bool:
+    """Whether a reader runs, here or in backward, which may run a part of its forward again."""
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
+        return True
+    return getattr(_running, "depth", 0) > 0
 
 
 class ReadLinearAdapter(LinearAdapter):
     """`LinearAdapter` for code that takes `layer.weight` into a product of its own.
 
-    Called, it computes as a `LinearAdapter` does. Read, `layer.weight` is the dense
-    `W + s · B A`, (out_features, in_features), so that the branch takes part and A and B
-    get their gradients; dropout does not act there. The checkpoint's names stay, and
-    `layer.base_weight` is W itself.
+    Called, it computes as a `LinearAdapter` does. Read while one of its readers runs,
+    `layer.weight` is the dense `W + s · B A`, (out_features, in_features), so that the branch takes
+    part and A and B get their gradients; dropout does not act there. To everybody else (sharding,
+    quantising, offloading, whoever writes it) it is W, the parameter. The checkpoint's names stay.
     """
 
     @classmethod
@@ -39,9 +70,11 @@ class ReadLinearAdapter(LinearAdapter):
 
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """`W + s · B A`, in the dtype of W; W where the branch is off or merged."""
-        self.note_call()
+        """W; in a reader's forward `W + s · B A`, in the dtype of W, unless off or merged."""
         base = self.base_weight
+        if not _is_being_read():
+            return base
+        self.note_call()
         if self.merged or not self.adapter_enabled:
             return base
         if base.is_meta:  # offloaded, or not loaded yet

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from typing import Any
 
 from torch import nn
 
+from bridge.peft.branch.kinds.read_linear import ReadLinearAdapter
 from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.errors import AdapterError
 from bridge.peft.formats.peft.adapter_file import AdapterFile
@@ -15,7 +17,7 @@ from bridge.peft.formats.peft.fingerprint import fingerprint
 from bridge.peft.formats.peft.names import choose_targets
 from bridge.peft.formats.peft.saved_whole import whole_of
 from bridge.peft.model.participation import check_still_adapted
-from bridge.peft.model.walk import adapted_modules, base_modules, unwrap
+from bridge.peft.model.walk import adapted_modules, base_modules, output_head, some_names, unwrap
 from bridge.peft.tensors import full_tensor
 from bridge.peft.version import __version__
 
@@ -33,6 +35,7 @@ def adapter_of(model: nn.Module) -> AdapterFile:
     check_still_adapted(root)
     layers = _layers(root)
     others = [fqn for fqn in base_modules(root) if fqn and fqn not in layers]
+    _warn_of_read(layers, output_head(root))
     use_rslora, alphas = _scaling(layers)
     branches = {fqn: _branch(layer) for fqn, layer in layers.items()}
     common = Counter(tuple(b.items()) for b in branches.values()).most_common(1)[0][0]
@@ -83,6 +86,17 @@ def _layers(model: nn.Module) -> dict[str, LoRAMixin]:
     if not layers:
         raise AdapterError("the model has no adapters to save; LoRA(...)(model) adds them")
     return layers
+
+
+def _warn_of_read(layers: dict[str, LoRAMixin], head: nn.Module | None) -> None:
+    """Say which branches other readers of the file leave out: they know no weight that is read."""
+    read = [f for f, m in layers.items() if isinstance(m, ReadLinearAdapter) and m is not head]
+    if moved := [fqn for fqn in read if bool(layers[fqn].lora_b.weight.any())]:
+        warnings.warn(
+            f"{some_names(moved)}: the model reads these weights past their linears, where PEFT's "
+            "adapters have no effect; read the file with bridge.peft, or merge it",
+            stacklevel=4,
+        )
 
 
 def _scaling(layers: dict[str, LoRAMixin]) -> tuple[bool, dict[str, float]]:

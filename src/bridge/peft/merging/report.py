@@ -37,7 +37,9 @@ class MergeRow:
     @classmethod
     def of(cls, fqn: str, rounding: Rounding, update: Update) -> Self:
         """The row of one merged layer."""
-        meant, base = update.meant(), math.sqrt(rounding.squares)
+        measured = rounding.count / max(update.count, 1)
+        meant = update.meant() * measured
+        base = math.sqrt(rounding.squares / measured) if measured else 0.0
         return cls(
             fqn=fqn,
             max_error=rounding.max_error,

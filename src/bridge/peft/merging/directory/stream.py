@@ -19,9 +19,8 @@ from bridge.peft.merging.report import MergeRow
 from bridge.peft.merging.rounding import Rounding, Update, merge_rows, row_blocks
 from bridge.peft.tensors import all_finite
 
-#: Elements that a thread takes at a time, and that it changes and writes in one go: the buffers for
-#: these fit a core's cache.
-_PIECE, _BLOCK = 2**22, 2**17
+#: Blocks of rows that a thread takes at a time.
+_PIECE = 32
 _MAX_WORKERS = 8
 #: A piece: its bytes, and its rounding when it is written.
 _Written = tuple[int, Future[Rounding]]
@@ -121,7 +120,7 @@ def _row(target: Target, entry: Entry) -> tuple[torch.dtype, int, int]:
 def _cut(target: Target) -> Iterator[tuple[slice, int]]:
     """Cut a tensor into pieces of whole rows, each with the bytes that it takes."""
     _, columns, size = _row(target, target.entry)
-    for rows in row_blocks(target.entry.size // size, columns, elements=_PIECE):
+    for rows in row_blocks(target.entry.size // size, columns, together=_PIECE):
         yield rows, (rows.stop - rows.start) * size
 
 
@@ -141,7 +140,7 @@ class _Files:
         buffer = bytearray()
         with open(self.merged, "r+b") as file:
             file.seek(self.merged_start + target.entry.start + piece.start * size)
-            for block in row_blocks(len(values), columns, elements=_BLOCK):
+            for block in row_blocks(len(values), columns):
                 base = values[block]
                 buffer = buffer or bytearray(base.numel() * dtype.itemsize)
                 out = torch.frombuffer(buffer, dtype=dtype, count=base.numel()).view(base.shape)

@@ -16,12 +16,12 @@ from bridge.peft.tensors import all_finite
 Term = tuple[Tensor, Tensor, float]
 
 #: Elements of a block: on a CPU the temporaries should stay in the cache.
-_BLOCK = {"cpu": 2**17}
+_BLOCK = {"cpu": 2**19}
 _BLOCK_ON_DEVICE = 2**25
 #: Of a weight with so many elements one stripe of this many in every eight is measured, in memory
 #: and on disk alike: half a million weights tell shares and means to a tenth of a percent, and to
 #: measure all of them takes longer than merging does.
-_MEASURED_IN_PART, _STRIPE, _PART = 2**22, 2**19, 8
+_MEASURED_IN_PART, _STRIPE, _PART = 2**22, 2**20, 8
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

@@ -20,7 +20,7 @@ from bridge.peft.merging.rounding import Rounding, Update, merge_rows, row_block
 from bridge.peft.tensors import all_finite
 
 #: Blocks of rows that a thread takes at a time.
-_PIECE = 32
+_PIECE = 6
 _MAX_WORKERS = 8
 #: A piece: its bytes, and its rounding when it is written.
 _Written = tuple[int, Future[Rounding]]

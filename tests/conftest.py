@@ -21,3 +21,31 @@ with warnings.catch_warnings():
 @pytest.fixture(autouse=True)
 def _same_random_numbers_in_every_test():
     torch.manual_seed(0)
+
+
+# The inputs of the command's tests; a test file that needs others defines its own.
+
+
+@pytest.fixture(scope="module")
+def one_cpu_thread():
+    """One thread for the tests of a module, its own fixtures included."""
+    from tests.helpers.cli_fixtures import one_thread
+
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The directory of a tiny Llama with a tokenizer of characters."""
+    from tests.helpers.cli_fixtures import save_tiny_model
+
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A JSONL file of 300 sums and their answers."""
+    from tests.helpers.cli_fixtures import sums, write_rows
+
+    return write_rows(tmp_path_factory.mktemp("data") / "train.jsonl", sums(300))

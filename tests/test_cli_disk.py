@@ -13,31 +13,12 @@ from bridge.peft.finetune.disk import disk_full_told
 from bridge.peft.finetune.record import checkpoints
 from tests.helpers.cli_fixtures import (
     finetune,
-    one_thread,
     refused,
-    save_tiny_model,
-    sums,
-    write_rows,
 )
 
 needs_full_device = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+pytestmark = pytest.mark.usefixtures("one_cpu_thread")
 QUICK = ["--dim", 4, "--steps", 4, "--batch-size", 4]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("data") / "train.jsonl", sums(300))
 
 
 def test_a_full_disk_is_told_before_anything_is_written(model, data, tmp_path, capsys, monkeypatch):

@@ -18,29 +18,13 @@ from tests.helpers.cli_fixtures import (
     UNMARKED_TEMPLATE,
     char_tokenizer,
     finetune,
-    one_thread,
     save_tiny_model,
     sums,
     write_rows,
 )
 
+pytestmark = pytest.mark.usefixtures("one_cpu_thread")
 QUICK = ["--dim", 4, "--steps", 4, "--batch-size", 4]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("data") / "train.jsonl", sums(300))
 
 
 @pytest.fixture(scope="module")

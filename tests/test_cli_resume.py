@@ -25,24 +25,18 @@ from bridge.peft.finetune.record import (
 from tests.helpers.cli_fixtures import (
     files_in,
     finetune,
-    one_thread,
     save_tiny_model,
     sums,
     write_rows,
 )
 
+pytestmark = pytest.mark.usefixtures("one_cpu_thread")
 ROOT = Path(__file__).parent.parent
 # dropout makes the random state matter, accumulation and several epochs the order of the data
 OPTIONS = [
     *("--dim", 4, "--dropout", 0.2, "--learning-rate", 5e-3, "--epochs", 3),
     *("--batch-size", 4, "--gradient-accumulation", 2, "--save-every", 7, "--eval-every", 10),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

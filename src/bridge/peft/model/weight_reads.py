@@ -19,24 +19,15 @@ from torch import nn
 _METADATA = frozenset(
     (
         *("dtype", "device", "shape", "size", "dim", "ndim", "numel", "element_size", "is_meta"),
-        *(
-            "data",
-            "requires_grad",
-            "SCB",
-            "quant_state",
-            "is_floating_point",
-            "data_ptr",
-            "grad",
-            "stride",
-            "is_contiguous",
-        ),
+        *("data", "data_ptr", "requires_grad", "grad", "is_floating_point"),
+        *("stride", "is_contiguous", "SCB", "quant_state"),
     )
 )
 #: Methods that read weights to set them up, not to compute.
 _SETUP = re.compile(r"__init__|_?init_.*|_?tie_.*|reset_parameters|.*resize.*|_apply|extra_repr")
 _READ = re.compile(r"(?<!self)\.weight\b")
 #: A path from a module to a linear below it: attribute names, or None for any item of a list.
-Path = tuple[str | None, ...]
+ChildPath = tuple[str | None, ...]
 
 
 def read_weights(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
@@ -69,7 +60,7 @@ def source_mentions(cls: type, word: str) -> bool:
     return True if file is None else word in _text_of(file)
 
 
-def _reached(module: nn.Module, path: Path) -> Iterator[nn.Module]:
+def _reached(module: nn.Module, path: ChildPath) -> Iterator[nn.Module]:
     if not path:
         yield module
         return
@@ -81,9 +72,9 @@ def _reached(module: nn.Module, path: Path) -> Iterator[nn.Module]:
 
 
 @functools.cache
-def _paths_read_by(cls: type[nn.Module]) -> frozenset[Path]:
+def _paths_read_by(cls: type[nn.Module]) -> frozenset[ChildPath]:
     """The paths below `self` whose `weight` a class reads, in inherited methods too."""
-    paths: set[Path] = set()
+    paths: set[ChildPath] = set()
     for base in cls.__mro__:
         if issubclass(base, nn.Module) and base.__module__.partition(".")[0] != "torch":
             paths |= _paths_in(base)
@@ -91,7 +82,7 @@ def _paths_read_by(cls: type[nn.Module]) -> frozenset[Path]:
 
 
 @functools.cache
-def _paths_in(cls: type) -> frozenset[Path]:
+def _paths_in(cls: type) -> frozenset[ChildPath]:
     file = _file_of(cls)
     return _paths_by_class(file).get(cls.__qualname__, frozenset()) if file else frozenset()
 
@@ -111,7 +102,7 @@ def _text_of(file: str) -> str:
 
 
 @functools.cache
-def _paths_by_class(file: str) -> dict[str, frozenset[Path]]:
+def _paths_by_class(file: str) -> dict[str, frozenset[ChildPath]]:
     """For each class of a file, by qualified name, the paths that its methods read."""
     text = _text_of(file)
     try:
@@ -131,10 +122,10 @@ def _classes(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.ClassDef]]:
             yield from _classes(child, f"{prefix}{child.name}.<locals>.")
 
 
-def _reads(cls: ast.ClassDef) -> set[Path]:
+def _reads(cls: ast.ClassDef) -> set[ChildPath]:
     """The paths whose weight a class computes with; not those that it writes in place."""
-    read: set[Path] = set()
-    written: set[Path] = set()
+    read: set[ChildPath] = set()
+    written: set[ChildPath] = set()
     for method in cls.body:
         if not isinstance(method, ast.FunctionDef) or _SETUP.fullmatch(method.name):
             continue
@@ -161,9 +152,9 @@ def _is_written(outer: ast.AST) -> bool:
     return False
 
 
-def _aliases(nodes: list[ast.AST]) -> dict[str, Path]:
+def _aliases(nodes: list[ast.AST]) -> dict[str, ChildPath]:
     """The names that a method gives to children of its module, by assignment or in a loop."""
-    names: dict[str, Path] = {"self": ()}
+    names: dict[str, ChildPath] = {"self": ()}
     for node in nodes:
         match node:
             case ast.Assign(targets=[ast.Name(id=name)], value=value) if path := _path(
@@ -192,7 +183,7 @@ def _uses_values(outer: ast.AST) -> bool:
     return True
 
 
-def _path(node: ast.expr, names: Mapping[str, Path]) -> Path | None:
+def _path(node: ast.expr, names: Mapping[str, ChildPath]) -> ChildPath | None:
     """`self.a.b[i]` as ("a", "b", None); None if it does not begin with the module itself."""
     match node:
         case ast.Name(id=name):

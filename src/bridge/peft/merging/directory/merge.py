@@ -84,9 +84,7 @@ def merge_directory(
     """
     model, output = Path(model), Path(output)
     check_compute_dtype(compute_dtype)
-    if dtype is not None and dtype not in TRAINABLE_DTYPES:
-        names = ", ".join(map(dtype_name, TRAINABLE_DTYPES))
-        raise AdapterError(f"a model is written in {names}; got {dtype}")
+    _check_written_dtype(dtype)
     if not adapters:
         raise AdapterError("no adapter to merge; pass the directory of at least one")
     with reading(model):
@@ -121,6 +119,12 @@ def merge_directory(
         raise _disk_error(error, part) from error
     merged = sorted((r for name in shards for r in rows[name]), key=lambda r: natural_key(r.fqn))
     return MergeReport(tuple(merged), tuple(notes))
+
+
+def _check_written_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None and dtype not in TRAINABLE_DTYPES:
+        names = ", ".join(map(dtype_name, TRAINABLE_DTYPES))
+        raise AdapterError(f"a model is written in {names}; got {dtype}")
 
 
 def _is_empty(path: Path) -> bool:

@@ -131,3 +131,20 @@ def test_disabling_may_overlap():
     assert torch.equal(model(x), base)
     second.__exit__(None, None, None)
     assert torch.equal(model(x), adapted)
+
+
+def test_where_a_copy_to_train_cannot_be_made_the_model_is_left_as_it_was(monkeypatch):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model[1].weight.requires_grad_(False)
+    before = {name: (p, p.requires_grad) for name, p in model.named_parameters()}
+
+    def no_memory(self):
+        raise MemoryError("no memory for a copy")
+
+    monkeypatch.setattr(torch.Tensor, "clone", no_memory)
+    with pytest.raises(MemoryError):
+        LoRA(dim=2, target_modules=["0"], modules_to_train=["1"])(model)
+    after = {name: (p, p.requires_grad) for name, p in model.named_parameters()}
+    assert after.keys() == before.keys()
+    assert all(after[n][0] is p and after[n][1] == grad for n, (p, grad) in before.items())
+    assert [type(m) for m in model] == [nn.Linear, nn.Linear]

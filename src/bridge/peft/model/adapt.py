@@ -92,10 +92,10 @@ def adapt_in_place(
         model.requires_grad_(False)
         for fqn, module, options, start in planned:
             layers[fqn] = patch_in_place(module, options, start, is_read=module in read)
+        train_in_full(model, trained)  # copies all before it changes anything
     except BaseException:
         _undo(layers.values(), wanted_grad)
         raise
-    train_in_full(model, trained)
     for reader in {r for _, module, *_ in planned for r in read.get(module, ())}:
         hook_reader(reader)
     let_inputs_require_grad(model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,8 @@ from bridge.peft.finetune.models import (
     meta_model,
     stop_ids,
 )
-from bridge.peft.finetune.options import TrainingOptions, total_steps
+from bridge.peft.finetune.options import TrainingOptions, part_of_batch, total_steps
+from bridge.peft.finetune.processes import process_count
 from bridge.peft.finetune.record import RunSpec
 from bridge.peft.finetune.samples import Sample, fit_length, remarks_of, tokenize
 from bridge.peft.finetune.shapes import Recognised, named, recognise
@@ -59,6 +59,7 @@ class Prepared:
 
 def prepare(spec: RunSpec) -> Prepared:
     """Read and check the data, the model's configuration and the recipe; writes nothing."""
+    part_of_batch(spec.options, data_parts(spec.options))  # raises before anything is read
     train_rows, eval_rows = _rows(spec)
     options, dtype = spec.options, base_dtype(spec.options)
     config = load_config(spec.model)
@@ -111,12 +112,15 @@ def base_dtype(options: TrainingOptions) -> torch.dtype:
     return getattr(torch, options.dtype)
 
 
+def data_parts(options: TrainingOptions) -> int:
+    """Return among how many devices the samples of a batch are shared out."""
+    # without torchrun, transformers trains on every GPU that it sees
+    return process_count() if process_count() > 1 else max(torch.cuda.device_count(), 1)
+
+
 def _steps(options: TrainingOptions, samples: int) -> int:
     """Count the run's steps and check that the warm-up is over before they are."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    # without torchrun, transformers trains on every GPU that it sees
-    devices = processes if processes > 1 else max(torch.cuda.device_count(), 1)
-    steps = total_steps(options, samples, devices=devices)
+    steps = total_steps(options, samples)
     if options.warmup >= steps:
         raise AdapterError(
             f"--warmup is {options.warmup:g} steps and the run has {steps}, so it would never "

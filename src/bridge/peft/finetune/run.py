@@ -71,23 +71,27 @@ def train(
     With `overwrite` a run in the way is removed, once all checks have passed; nothing is written
     where one fails.
     """
-    prepared = _prepare(spec, output)
-    for note in prepared.notes:
-        console.print(note)
-    model = load_model(spec.model, prepared.dtype)
-    config = trainer_config(prepared, output, resumed=resume)
-    digests = {"base model": model_digest(model), **prepared.digests}
-    started = replace(prepared.spec, digests=digests, world_size=config.world_size)
-    start = None
-    if resume:
-        check_same_run(spec, started, output)
-        start = checkpoint_to_resume(output, config.world_size)
-    started.lora(model)
-    if not resume:
-        _begin_record(started, output, overwrite=overwrite)
-    trainer = _build_trainer(model, config, prepared)
-    with disk_full_told(output):
-        return _run(trainer, prepared, output, console, start)
+    with joined(spec.options.timeout, output):
+        check_same_facts({"library": __version__, "run": json.dumps(spec.to_json())})
+        with told_together():
+            prepared = _prepare(spec, output)
+        for note in prepared.notes:
+            console.print(note)
+        config = trainer_config(prepared, output, resumed=resume)
+        with told_together():
+            start = checkpoint_to_resume(output, console) if resume else None
+            model, started = _adapted(prepared, output, start)
+        check_ranks_agree(model)
+        with told_together():
+            if not resume and config.should_save:
+                _begin_record(started, output, overwrite=overwrite)
+        with told_together():
+            state = read_state(start) if start else {}
+            trainer = _build_trainer(model, config, prepared)
+        if start and len(state["random"]) != process_count():
+            console.print(f"{start.name} is of {len(state['random'])} processes: dropout differs")
+        with disk_full_told(output):
+            return _run(trainer, prepared, output, console, start, state)
 
 
 def finish(spec: RunSpec, outcome: Outcome, output: Path, console: Console) -> int:

@@ -24,10 +24,8 @@ def renew_forward(module: nn.Module) -> None:
 
 
 def _cell_of_forward(module: nn.Module) -> Any:
-    forward = vars(module).get("forward")
-    code = getattr(forward, "__code__", None)
-    made_by = getattr(forward, "__module__", None)
-    if code is None or made_by != "transformers.distributed.tensor_parallel":
+    forward: Any = vars(module).get("forward")
+    if getattr(forward, "__module__", None) != "transformers.distributed.tensor_parallel":
         return None
-    cells = dict(zip(code.co_freevars, forward.__closure__ or (), strict=True))
+    cells = dict(zip(forward.__code__.co_freevars, forward.__closure__, strict=True))
     return cells.get("original_forward")

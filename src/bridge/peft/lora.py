@@ -30,6 +30,7 @@ from bridge.peft.model.trained_parameters import check_can_be_trained
 from bridge.peft.model.walk import adapted_modules, some_names, unwrap
 from bridge.peft.model.weight_reads import read_weights
 from bridge.peft.ops.dispatch import ComputePath, choose_path
+from bridge.peft.parallel.layout import agreed_seed
 from bridge.peft.plan import Plan, PlanRow, TrainedRow
 from bridge.peft.targets import (
     ALL_LINEAR,
@@ -40,7 +41,7 @@ from bridge.peft.targets import (
     match_targets,
     tied_linears,
 )
-from bridge.peft.tensors import full_tensor, is_plain
+from bridge.peft.tensors import full_tensor, is_plain, is_sharded
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -169,7 +170,9 @@ class LoRA:
         chosen, _, trained = self._match(root)
         for note in self._notes(root, chosen, trained):
             warnings.warn(note, stacklevel=2)
-        seed = int(torch.randint(2**62, (), device="cpu")) if self.seed is None else self.seed
+        seed = self.seed
+        if seed is None:
+            seed = agreed_seed(root, int(torch.randint(2**62, (), device="cpu")))
         adapt_in_place(
             root,
             [
@@ -233,8 +236,8 @@ class LoRA:
         options = self.options_for(candidate)
         module, weight = candidate.module, _weight(candidate)
         adapted = adapted_class(type(module))
-        plain = adapted.plain_forward and is_plain(weight)
-        path = choose_path(weight if plain else None, plain_linear=plain)
+        plain = adapted.plain_forward and (is_plain(weight) or is_sharded(weight))
+        path = choose_path(weight if is_plain(weight) and plain else None, plain_linear=plain)
         if module in read:
             path = ComputePath("read", READ.replace("other code", type(read[module][0]).__name__))
         n_in, n_out = adapted.features(module)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bridge.peft.branch.initializers import initialize
+from bridge.peft.parallel.layout import placed
+from bridge.peft.tensors import is_sharded
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Placement
 
 
 class LoRAMatrix(nn.Module):
@@ -57,6 +63,17 @@ class LoRAMatrix(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the initial values again (zero for B), in place."""
         initialize(self.weight, self.init_method, self.seed)
+
+    def place(self, mesh: DeviceMesh, placement: Placement, *, alike: bool) -> None:
+        """Keep this rank's part of the weight, as a DTensor, in place.
+
+        Args:
+            mesh: The ranks, of one dimension.
+            placement: What each of them keeps.
+            alike: Whether all ranks hold the same values; the first one's count otherwise.
+        """
+        if not is_sharded(self.weight):
+            self.weight = placed(self.weight, mesh, placement, alike=alike)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x Wᵀ`: (..., in_features) -> (..., out_features)."""

@@ -15,6 +15,7 @@ from bridge.peft.branch.untouched import check_untouched, foreign_patch
 from bridge.peft.errors import UnsupportedLinearError
 from bridge.peft.ops.dispatch import ComputePath, choose_path, lora_add
 from bridge.peft.ops.reference import add_in_base_dtype
+from bridge.peft.parallel.tensor import add_sharded_branch
 from bridge.peft.tensors import is_plain, is_sharded
 
 #: What a branch starts from: a seed for A, the values of A and B, or torch's default generator.
@@ -87,11 +88,20 @@ class LoRAMixin(nn.Module):
         weight: Tensor = module.weight  # pyright: ignore[reportAssignmentType]
         if isinstance(weight, UninitializedParameter):
             return "its shape is not known yet; run one forward of the model first"
-        if is_sharded(weight):
-            return "its weight is sharded (DTensor); adapt the model before sharding it"
+        if is_sharded(weight) and (reason := cls.sharded_refusal(module)):
+            return reason
         if weight.device.type == "meta" and "_hf_hook" in vars(module):
             return "its weight is offloaded; load the model without disk or CPU offload"
         return foreign_patch(module)
+
+    @classmethod
+    def sharded_refusal(cls, module: nn.Module) -> str | None:
+        """Why a module whose weight is a DTensor cannot be adapted; None if it can.
+
+        Args:
+            module: It is not adapted yet, and is not touched.
+        """
+        return "its weight is sharded (DTensor); adapt the model before sharding it"
 
     @classmethod
     def check_copyable(cls, module: nn.Module) -> None:
@@ -157,7 +167,8 @@ class LoRAMixin(nn.Module):
         if self.has_hooks_on_a_or_b():
             return self._add_branch_by_calls(base_out, x)
         a, b = self.lora_a.weight, self.lora_b.weight
-        return lora_add(base_out, x, a, b, self.scale, self.dropout_now(), self.dropout_position)
+        add = add_sharded_branch if is_sharded(a) else lora_add
+        return add(base_out, x, a, b, self.scale, self.dropout_now(), self.dropout_position)  # pyright: ignore
 
     def has_hooks_on_a_or_b(self) -> bool:
         """Whether something waits for calls of A or B: offloading, parameters gathered late."""
@@ -181,11 +192,13 @@ class LoRAMixin(nn.Module):
 
     def lora_path(self) -> ComputePath:
         """Say which path computes this layer, and why."""
-        a, b = self.lora_a.weight, self.lora_b.weight
-        plain = self.has_plain_base()
-        weight = self.base_weight if plain else None
-        trains = a.requires_grad and b.requires_grad
-        return choose_path(weight, a, b, plain_linear=plain, trains_a_and_b=trains)
+        trains = self.lora_a.weight.requires_grad and self.lora_b.weight.requires_grad
+        tensors = (self.base_weight, self.lora_a.weight, self.lora_b.weight)
+        # what is sharded is computed on this rank's plain tensors
+        weight, a, b = (t.to_local() if is_sharded(t) else t for t in tensors)  # pyright: ignore
+        plain = self.plain_forward and is_plain(weight)
+        known = (weight, a, b) if plain else (a, b)
+        return choose_path(*known, plain_linear=plain, trains_a_and_b=trains)
 
     def has_plain_base(self) -> bool:
         """Whether the base computes `F.linear` on plain tensors, not on a tensor subclass."""

@@ -12,6 +12,7 @@ from bridge.peft.branch.kinds.read_linear import ReadLinearAdapter
 from bridge.peft.branch.mixin import BRANCH_ATTRIBUTES, LoRAMixin, Start
 from bridge.peft.branch.options import BranchOptions
 from bridge.peft.branch.registry import check_adaptable, kind_of
+from bridge.peft.parallel.transformers_styles import renew_forward
 
 
 def patch_in_place(
@@ -38,9 +39,7 @@ def patch_in_place(
     adapted.attach_branch(module, options, start)
     module.__class__ = adapted  # pyright: ignore[reportAttributeAccessIssue]
     assert isinstance(module, LoRAMixin)
-    if "_hf_hook" in module.__dict__:
-        # accelerate keeps the bound forward it stands before; it must be the adapted one.
-        module.__dict__["_old_forward"] = type(module).forward.__get__(module)
+    _renew_forward(module)
     return module
 
 
@@ -54,8 +53,14 @@ def take_branch_off(layer: LoRAMixin) -> None:
         layer._modules.pop(name, None)
         vars(layer).pop(name, None)
     layer.__class__ = layer.base_type  # pyright: ignore[reportAttributeAccessIssue]
-    if "_hf_hook" in vars(layer):
-        vars(layer)["_old_forward"] = type(layer).forward.__get__(layer)
+    _renew_forward(layer)
+
+
+def _renew_forward(module: nn.Module) -> None:
+    """Show whoever keeps the bound forward of a module that of its class as it is now."""
+    if "_hf_hook" in vars(module):  # accelerate's hooks
+        vars(module)["_old_forward"] = type(module).forward.__get__(module)
+    renew_forward(module)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ from torch import nn
 
 from bridge.peft.branch.wrapper import AdapterWrapper
 from bridge.peft.errors import AlreadyAdaptedError, UnsupportedLinearError
+from bridge.peft.parallel.transformers_styles import is_tensor_parallel
 
 
 def check_untouched(module: nn.Module) -> None:
@@ -27,8 +28,10 @@ def foreign_patch(module: nn.Module) -> str | None:
     Args:
         module: Any module.
     """
-    # accelerate's hooks stand before a forward, and can stand before the adapted one too
+    # accelerate's hooks and transformers' tensor parallelism stand before a forward, and can stand
+    # before the adapted one too
     own = vars(module)
-    if hasattr(module, "super_fwd") or ("forward" in own and "_hf_hook" not in own):
+    patched = "forward" in own and "_hf_hook" not in own and not is_tensor_parallel(module)
+    if hasattr(module, "super_fwd") or patched:
         return "its forward is patched on the instance, past the adapter; undo that patch first"
     return None

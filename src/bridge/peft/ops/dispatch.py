@@ -95,10 +95,12 @@ def lora_linear(
     scale: float,
     dropout: float = 0.0,
     dropout_position: str = "post",
+    shard: int = 0,
 ) -> Tensor:
     """Return ``W x + b + scale * B A x`` for a plain floating linear base.
 
-    Args as in `lora_linear_reference`; ``dropout`` is the effective one: 0 in evaluation.
+    Args as in `lora_linear_reference`; ``dropout`` is the effective one: 0 in evaluation, and
+    ``shard`` says which mask is drawn, see `draw_seed`.
 
     Returns:
         (..., out_features), in the dtype of ``F.linear(x, weight, bias)``; autocast included.
@@ -107,9 +109,9 @@ def lora_linear(
     lora_a, lora_b = _for_products(x, lora_a, lora_b)
     path = choose_path(x, weight, bias, lora_a, lora_b, trains_a_and_b=_trains(lora_a, lora_b))
     if path.name == "reference":
-        drop = _reference_dropout(x, lora_b, dropout, dropout_position, path)
+        drop = _reference_dropout(x, lora_b, dropout, dropout_position, path, shard)
         return lora_linear_reference(x, weight, bias, lora_a, lora_b, scale, *drop)
-    branch = Branch(scale, dropout, dropout_position, draw_seed() if dropout > 0.0 else None)
+    branch = Branch(scale, dropout, dropout_position, draw_seed(shard) if dropout > 0.0 else None)
     arguments = (x, weight, bias, lora_a, lora_b, branch)
     if torch.is_grad_enabled():
         return LoRALinearFunction.apply(*arguments)
@@ -124,20 +126,22 @@ def lora_add(
     scale: float,
     dropout: float = 0.0,
     dropout_position: str = "post",
+    shard: int = 0,
 ) -> Tensor:
     """Return ``base_out + scale * B A x``, for any base whose own forward gave ``base_out``.
 
-    Args as in `lora_branch_reference`; ``base_out``, (..., out_features), is never written to.
+    Args as in `lora_branch_reference`; ``base_out``, (..., out_features), is never written to, and
+    ``shard`` says which mask is drawn, see `draw_seed`.
     """
     x, lora_a, lora_b = _autocast(x, lora_a, lora_b)
     lora_a, lora_b = _for_products(x, lora_a, lora_b)
     trains = _trains(lora_a, lora_b)
     path = choose_path(base_out, x, lora_a, lora_b, plain_linear=False, trains_a_and_b=trains)
     if path.name == "reference":
-        drop = _reference_dropout(x, lora_b, dropout, dropout_position, path)
+        drop = _reference_dropout(x, lora_b, dropout, dropout_position, path, shard)
         out = lora_branch_reference(x, lora_a, lora_b, scale, *drop)
         return add_in_base_dtype(base_out, out)
-    branch = Branch(scale, dropout, dropout_position, draw_seed() if dropout > 0.0 else None)
+    branch = Branch(scale, dropout, dropout_position, draw_seed(shard) if dropout > 0.0 else None)
     arguments = (base_out, x, lora_a, lora_b, branch)
     if torch.is_grad_enabled():
         return LoRAAddFunction.apply(*arguments)
@@ -150,7 +154,7 @@ def _trains(lora_a: Tensor, lora_b: Tensor) -> bool:
 
 
 def _reference_dropout(
-    x: Tensor, lora_b: Tensor, dropout: float, position: str, path: ComputePath
+    x: Tensor, lora_b: Tensor, dropout: float, position: str, path: ComputePath, shard: int
 ) -> tuple[float, str, Tensor | None]:
     """What the reference drops: by the seeded mask of the fast paths wherever it can be drawn.
 
@@ -159,9 +163,10 @@ def _reference_dropout(
     """
     if dropout == 0.0 or path not in (_COMPILED, _FROZEN):
         return dropout, position, None
-    seed = draw_seed() if path is _FROZEN else None
+    seed = draw_seed(shard) if path is _FROZEN else None
     width = x.shape[-1] if position == "pre" else lora_b.shape[0]
-    mask = SeededMask(x.shape[:-1].numel(), width, dropout, x.device, seed)
+    other = shard if seed is None else 0  # a seed knows its shard already
+    mask = SeededMask(x.shape[:-1].numel(), width, dropout, x.device, seed, other)
     kept = mask.whole().view(*x.shape[:-1], width)
     return 1.0 - mask.keep_probability, position, kept
 

@@ -23,13 +23,22 @@ _LANE = 2**16
 _INTEGER_OF_SIZE = {4: torch.int32, 8: torch.int64}
 
 
-def draw_seed() -> int:
+#: Far apart and odd, so that the seeds of neighbouring shards share nothing.
+_SHARDS_APART = 0x9E3779B97F4A7C15
+
+
+def draw_seed(shard: int = 0) -> int:
     """Draw the seed of one call from torch's default generator.
 
     Drawn once per call, so ``torch.manual_seed`` and the generator state that activation
     checkpointing restores reproduce the mask.
+
+    Args:
+        shard: Which of several masks: ranks whose generators agree draw different masks for the
+            parts of a sharded tensor, and leave their generators in agreement.
     """
-    return int(torch.randint(2**63 - 1, (1,)))
+    drawn = int(torch.randint(2**63 - 1, (1,)))
+    return (drawn + shard * _SHARDS_APART) % (2**63 - 1)
 
 
 class SeededMask:
@@ -41,11 +50,18 @@ class SeededMask:
     """
 
     def __init__(
-        self, rows: int, columns: int, p: float, device: torch.device, seed: int | None
+        self,
+        rows: int,
+        columns: int,
+        p: float,
+        device: torch.device,
+        seed: int | None,
+        shard: int = 0,
     ) -> None:
         """Draw the words of a (rows, columns) mask with drop probability ``p``, from `draw_seed`.
 
-        Without a seed they come from the default generator.
+        Without a seed they come from the default generator, and ``shard`` says which of several
+        masks they make.
         """
         # only where there is one: the overload that takes it refuses sizes that are not known yet
         own: dict[str, Any] = {}
@@ -53,6 +69,8 @@ class SeededMask:
             own = {"generator": torch.Generator(device).manual_seed(seed)}
         lanes = 2 * rows + 3 * columns
         words = torch.randint(-(2**63), 2**63 - 1, (-(-lanes // 4),), device=device, **own)
+        if shard:
+            words = words ^ (shard * _SHARDS_APART % 2**63)
         parts = words.view(torch.int16).split_with_sizes(
             [rows, rows, columns, columns, columns, -lanes % 4]
         )

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from bridge.peft.branch.mixin import LoRAMixin
-from bridge.peft.branch.options import DropoutPosition, InitMethod
+from bridge.peft.branch.mixin import LoRAMixin, Start
+from bridge.peft.branch.options import BranchOptions, DropoutPosition, InitMethod
+from bridge.peft.branch.sharding import FollowsSharding, is_distributed, place_branch
+from bridge.peft.errors import UnsupportedLinearError
 from bridge.peft.ops.dispatch import lora_linear
-from bridge.peft.tensors import is_plain
+from bridge.peft.parallel.layout import layout_of
+from bridge.peft.parallel.tensor import sharded_linear
+from bridge.peft.parallel.transformers_styles import is_tensor_parallel
+from bridge.peft.tensors import is_plain, is_sharded
 
 #: Rows on which a base is tried; kernels in 8 bits want a multiple of 16.
 _ROWS = 16
 
 
-class LinearAdapter(LoRAMixin, nn.Linear):
+class LinearAdapter(LoRAMixin, FollowsSharding, nn.Linear):
     """Linear + LoRA; `weight` and `bias` keep their names in the checkpoint.
 
     Copies weight and bias of `orig_linear` into storage of its own and leaves `orig_linear` as it
@@ -44,6 +50,17 @@ class LinearAdapter(LoRAMixin, nn.Linear):
         if type(module) is NonDynamicallyQuantizableLinear:
             return "nn.MultiheadAttention reads its weight and never calls its forward"
         return super().refusal(module) or _own_forward_reason(module)
+
+    @classmethod
+    def sharded_refusal(cls, module: nn.Module) -> str | None:
+        """Why a module whose weight is a DTensor cannot be adapted; None if it can."""
+        if not (is_distributed(module) or is_tensor_parallel(module)):
+            return super().sharded_refusal(module)
+        try:
+            layout_of(module.weight)  # pyright: ignore[reportArgumentType]
+        except UnsupportedLinearError as error:
+            return str(error)
+        return None
 
     def __init__(
         self,
@@ -82,12 +99,14 @@ class LinearAdapter(LoRAMixin, nn.Linear):
         """
         if x is None:
             x = self.given(input)
-        if self.merged or not self.adapter_enabled or not self._is_plain_call():
+        if self.merged or not self.adapter_enabled:
+            return super().forward(x)
+        if not (compute := self._one_function(x)):
             return super().forward(x)
         self.note_call()
         a, b = self.lora_a.weight, self.lora_b.weight
         drop = self.dropout_now(), self.dropout_position
-        return lora_linear(x, self.base_weight, self.bias, a, b, self.scale, *drop)
+        return compute(x, self.base_weight, self.bias, a, b, self.scale, *drop)
 
     def is_linear(self) -> bool:
         """Whether the base computes `W x + b`, as a subclass with its own forward need not."""
@@ -101,9 +120,22 @@ class LinearAdapter(LoRAMixin, nn.Linear):
         tolerance = 100 * torch.finfo(weight.dtype).eps * float(expected.abs().max())
         return torch.allclose(got, expected, rtol=0.0, atol=tolerance)
 
-    def _is_plain_call(self) -> bool:
-        """Whether base and branch are one function of plain tensors, with nothing in between."""
-        return self.has_plain_base() and not self.has_hooks_on_a_or_b()
+    def _one_function(self, x: Tensor) -> Callable[..., Tensor] | None:
+        """The function that is base and branch in one; None where something comes in between."""
+        if self.has_hooks_on_a_or_b():
+            return None
+        weight, bias = self.base_weight, self.bias
+        if self.has_plain_base() and not is_sharded(self.lora_a.weight):
+            return lora_linear
+        if not (self.plain_forward and is_sharded(weight) and is_sharded(x)):
+            return None
+        return None if bias is not None and bias.requires_grad else sharded_linear
+
+    @classmethod
+    def attach_branch(cls, module: nn.Module, options: BranchOptions, start: Start = None) -> None:
+        """As the mixin's; A and B lie where the layout of a sharded weight wants them."""
+        super().attach_branch(module, options, start)
+        place_branch(module, alike=start is not None)
 
 
 def _own_forward_reason(module: nn.Module) -> str | None:

@@ -1,0 +1,1 @@
+"""How A and B are sharded, derived from the base's layout."""

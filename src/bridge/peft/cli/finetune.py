@@ -122,8 +122,8 @@ def _spec_to_resume(held: RunSpec | None, output: Path, asked: Mapping[str, Any]
         )
     if not checkpoints(output):
         raise AdapterError(
-            f"nothing to resume: the run in {output} has no checkpoint yet; start it again with "
-            "--overwrite instead of --resume"
+            f"nothing to resume: the run in {output} has no complete checkpoint yet; start it again "
+            "with --overwrite instead of --resume"
         )
     return continue_spec(held, asked)
 

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bridge.peft.branch.initializers import derive_seed
 from bridge.peft.errors import AdapterError
 from bridge.peft.finetune.processes import process_count, process_index
 from bridge.peft.finetune.record import COMPLETE, checkpoints, incomplete
@@ -29,6 +29,14 @@ from bridge.peft.formats.files.untrusted import TENSORS_NAME
 from bridge.peft.tensors import full_tensor, is_sharded
 
 STATE = "training_state.pt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A complete checkpoint and the state of training in it, as `read_state` returns it."""
+
+    path: Path
+    state: dict[str, Any]
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
@@ -79,10 +87,10 @@ def random_states() -> list[dict[str, Tensor]]:
     return states
 
 
-def set_random_state(states: list[dict[str, Tensor]], *, seed: int, step: int) -> None:
-    """Go on where this process was, or with new numbers if there were other processes."""
+def set_random_state(states: list[dict[str, Tensor]], seed: int) -> None:
+    """Go on where this process was, or with numbers of another seed if there were other ones."""
     if len(states) != process_count():
-        torch.manual_seed(derive_seed(seed, f"step {step}, process {process_index()}"))
+        torch.manual_seed(seed)
         return
     mine = states[process_index()]
     torch.set_rng_state(mine["cpu"])
@@ -154,9 +162,7 @@ def _like(value: Tensor, parameter: Tensor) -> Tensor:
 
     assert isinstance(parameter, DTensor)
     # every process has read the whole tensor, so none has to be sent
-    return distribute_tensor(
-        value, parameter.device_mesh, parameter.placements, src_data_rank=None
-    )
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def _hash(directory: Path) -> str:

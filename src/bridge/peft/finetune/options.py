@@ -14,7 +14,7 @@ MAX_SEED = 2**32 - 1  # the most that NumPy's generator, which transformers seed
 Schedule = Literal["cosine", "linear", "constant"]
 BaseDtype = Literal["float32", "bfloat16", "float16"]
 OnLong = Literal["error", "drop", "truncate"]
-Parallel = Literal["ddp", "fsdp"]
+Parallel = Literal["ddp", "fsdp", "tp"]
 
 #: Options that a resumed run may change: they do not decide what is learned.
 FREE_ON_RESUME = frozenset({"save_every", "log_every", "keep_checkpoints", "parallel", "timeout"})
@@ -45,8 +45,8 @@ class TrainingOptions:
         save_every: Steps between checkpoints; default a tenth of the run.
         log_every: Steps between logged losses; default a 200th of the run.
         keep_checkpoints: How many of the newest checkpoints are kept.
-        parallel: What the processes of torchrun share: ddp the samples of a batch, fsdp the base
-            weights too.
+        parallel: What the processes of torchrun share out: ddp the samples of a batch, fsdp those
+            and the base weights, tp the base weights alone (tensor parallel).
         timeout: Seconds that a process waits for the others before the run ends.
 
     Raises:
@@ -88,7 +88,12 @@ class TrainingOptions:
         self._check("max_length", lambda x: x >= 2, "at least 2 tokens")
         self._check("seed", lambda x: x <= MAX_SEED, f"{MAX_SEED} or less")
         self._check("eval_share", lambda x: 0 <= x < 1, "0 or more, below 1")
-        choices = {"schedule": Schedule, "on_long": OnLong, "dtype": BaseDtype, "parallel": Parallel}
+        choices = {
+            "schedule": Schedule,
+            "on_long": OnLong,
+            "dtype": BaseDtype,
+            "parallel": Parallel,
+        }
         for name, literal in choices.items():
             known = get_args(literal)
             self._check(name, known.__contains__, f"one of {', '.join(known)}")

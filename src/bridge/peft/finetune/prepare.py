@@ -63,6 +63,7 @@ def prepare(spec: RunSpec) -> Prepared:
     train_rows, eval_rows = _rows(spec)
     options, dtype = spec.options, base_dtype(spec.options)
     config = load_config(spec.model)
+    check_can_be_sharded(config, spec)
     notes: list[str | None] = []
     # the plan knows every target, so a mistaken one is told before any weight is loaded
     plan = spec.lora.plan(meta_model(config, spec.model, dtype))
@@ -114,8 +115,28 @@ def base_dtype(options: TrainingOptions) -> torch.dtype:
 
 def data_parts(options: TrainingOptions) -> int:
     """Return among how many devices the samples of a batch are shared out."""
-    # without torchrun, transformers trains on every GPU that it sees
-    return process_count() if process_count() > 1 else max(torch.cuda.device_count(), 1)
+    if process_count() > 1:
+        return 1 if options.parallel == "tp" else process_count()
+    return max(torch.cuda.device_count(), 1)  # transformers trains on every GPU that it sees
+
+
+def check_can_be_sharded(config: PreTrainedConfig, spec: RunSpec) -> None:
+    """Raise `AdapterError` unless the model can be trained as `--parallel` says."""
+    options = spec.options
+    if process_count() == 1 or options.parallel == "ddp":
+        return
+    if options.dtype == "float16":
+        raise AdapterError("--dtype float16 trains with --parallel ddp only; pass bfloat16")
+    if options.parallel == "tp" and not getattr(config, "base_model_tp_plan", None):
+        raise AdapterError(
+            f"transformers has no tensor parallel plan for a {config.model_type} model; pass "
+            "--parallel fsdp"
+        )
+    if options.parallel == "tp" and spec.demo:
+        raise AdapterError(
+            "the demo compares bits, which tensor parallel sums do not keep; pass "
+            "--parallel ddp or fsdp"
+        )
 
 
 def _steps(options: TrainingOptions, samples: int) -> int:

@@ -16,10 +16,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
 
 from bridge.peft.errors import AdapterError, MissingExtraError, UnsupportedLinearError
+from bridge.peft.finetune.models import quiet_imports
 from bridge.peft.finetune.record import checkpoints, resume_command
+
+with quiet_imports():
+    from accelerate import PartialState
 
 # what gloo says of a process that has gone or does not answer; NCCL's errors are a type
 _LOST_WORDS = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
@@ -102,7 +105,8 @@ def _lost_told(timeout: int, output: Path) -> Iterator[None]:
         if kept := checkpoints(output):
             again = f"continue from {kept[-1].name} with --resume: {resume_command(output)}"
         raise AdapterError(
-            f"another process of the run has ended, or was silent for {timeout} s (--timeout); {again}"
+            f"another process of the run has ended, or was silent for {timeout} s (--timeout); "
+            f"{again}"
         ) from error
 
 

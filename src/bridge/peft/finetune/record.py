@@ -1,8 +1,8 @@
 """The run record: `run.json` says what a run is, so that `--resume` continues no other.
 
 A checkpoint directory is published by a rename once it is complete; what a killed process left
-half-written lies in `.partial` and is removed by the next one. A `checkpoint-N` that lacks something
-after all (a disk that failed, a copy that was cut short) is passed over.
+half-written lies in `.partial` and is removed by the next one. A `checkpoint-N` that lacks
+something after all (a disk that failed, a copy that was cut short) is passed over.
 """
 
 from __future__ import annotations

@@ -14,11 +14,13 @@ from bridge.peft.finetune.processes import process_count
 def shard(model: nn.Module, parallel: Parallel) -> bool:
     """Shard an adapted model over all processes where `parallel` says so, in place.
 
+    A tensor parallel one was loaded in shards.
+
     Returns:
         Whether the model is sharded now; if not, `DistributedDataParallel` is left to the trainer.
     """
     if parallel != "fsdp" or process_count() == 1:
-        return False
+        return parallel == "tp" and process_count() > 1
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

@@ -16,8 +16,10 @@ import torch
 from torch import nn
 
 from bridge.peft import save_adapter
+from bridge.peft.branch.initializers import derive_seed
 from bridge.peft.finetune.batches import BatchLoader, GlobalBatches, WithBlank, targets
 from bridge.peft.finetune.checkpoint import (
+    Checkpoint,
     load_optimizer_state,
     optimizer_state,
     publish,
@@ -45,7 +47,8 @@ class AdapterTrainer(SFTTrainer):
     `checkpoint-N` holds the adapter's files, the state of training (`checkpoint.py`) and the
     trainer's. It is written under `.partial` by the first process and renamed when nothing is
     missing, so a process killed at any moment leaves the newest complete checkpoint as it was. The
-    newest `keep` stay; `before` is the state that this process started from.
+    newest `keep` stay; `before` is the state that this process started from, and a batch is cut into
+    `parts`.
 
     Args:
         keep: How many checkpoints.
@@ -62,30 +65,32 @@ class AdapterTrainer(SFTTrainer):
     ) -> None:
         super().__init__(**kwargs)
         self.before = TrainerState()
-        self._keep, self._batch_size, self._parts, self._sharded = keep, batch_size, parts, sharded
+        self.parts = parts
+        self._keep, self._batch_size, self._sharded = keep, batch_size, sharded
+        self._part = process_index() % parts
         self._root = Path(str(self.args.output_dir))
         self._resumed: dict[str, Any] = {}
         if sharded:  # autocast only: the model's own hooks gather weights and reduce gradients
             prepare = self.accelerator.prepare_model
             self.accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True)
         # the processes see other samples, so they drop other elements of them
-        torch.manual_seed(self.args.seed + process_index() % parts)
+        torch.manual_seed(self.args.seed + self._part)
 
-    def train_from(self, checkpoint: Path | None, state: dict[str, Any]) -> None:
-        """Train from the start, or a checkpoint whose adapter the model carries already.
+    def train_from(self, start: Checkpoint | None) -> None:
+        """Train from a checkpoint whose adapter the model carries already, or from the start.
 
-        Args:
-            checkpoint: Where the trainer's state lies; of a run's last one it is just taken over.
-            state: As `read_state` returns it.
+        Of a run's last checkpoint, just take over.
         """
-        self._resumed = state
-        if checkpoint is not None:
-            self.before = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-            if self.before.global_step >= self.args.max_steps:
-                # the process died between its last step and its report; Trainer would do one more
-                self.state = self.before
-                return
-        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if start is None:
+            self.train()
+            return
+        self._resumed = start.state
+        self.before = TrainerState.load_from_json(str(start.path / TRAINER_STATE_NAME))
+        if self.before.global_step >= self.args.max_steps:
+            # the process died between its last step and its report; Trainer would do one more
+            self.state = self.before
+        else:
+            self.train(resume_from_checkpoint=str(start.path))
 
     def get_train_dataloader(self) -> BatchLoader:
         """This process's part of each batch, in an order that the seed and the epoch decide."""
@@ -115,10 +120,15 @@ class AdapterTrainer(SFTTrainer):
             num_samples=len(dataloader.dataset),
         )
 
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """Keep tensor parallelism from accelerate, which refuses it on CPU and has no part in it."""
+        args = super()._build_accelerator_args(**kwargs)
+        args.pop("parallelism_config", None)
+        return args
+
     def _loader(self, samples: Any, *, seed: int | None) -> BatchLoader:
-        part = process_index() % self._parts
         batches = GlobalBatches(
-            len(samples), self._batch_size, part=part, parts=self._parts, seed=seed
+            len(samples), self._batch_size, part=self._part, parts=self.parts, seed=seed
         )
         return BatchLoader(
             WithBlank(samples),
@@ -130,8 +140,12 @@ class AdapterTrainer(SFTTrainer):
 
     def save_adapter_to(self, directory: Path) -> None:
         """Write the adapter's files; every process must call, the first one writes."""
-        if self._sharded or self.args.should_save:
+        if self._sharded:  # gathered by all; it tells all of them what became of it
             save_adapter(self.model, directory)
+            return
+        with told_together():
+            if self.args.should_save:
+                save_adapter(self.model, directory)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The adapter was loaded before the model was sharded."""
@@ -143,8 +157,8 @@ class AdapterTrainer(SFTTrainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            step = self.before.global_step
-            set_random_state(self._resumed["random"], seed=self.args.seed, step=step)
+            place = f"step {self.before.global_step}, part {self._part}"
+            set_random_state(self._resumed["random"], derive_seed(self.args.seed, place))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self._resumed["scaler"] is not None:
@@ -164,7 +178,8 @@ class AdapterTrainer(SFTTrainer):
             if self.args.should_save:
                 shutil.rmtree(partial, ignore_errors=True)
                 (partial / name).mkdir(parents=True)
-            self.save_adapter_to(partial / name)
+        self.save_adapter_to(partial / name)
+        with told_together():
             if self.args.should_save:
                 write_state(partial / name, state)
                 self.state.save_to_json(str(partial / name / TRAINER_STATE_NAME))
@@ -226,6 +241,7 @@ def trainer_config(prepared: Prepared, output: Path, *, resumed: bool) -> SFTCon
             save_steps=options.save_every or tenth,
             logging_steps=min(options.log_every or math.ceil(steps / 200), steps),
             logging_nan_inf_filter=False,  # a NaN must be seen
+            save_only_model=True,  # the state of training is saved by us, whatever the sharding
             report_to=["tensorboard"],
             log_level_replica="error",
             ddp_timeout=options.timeout,

@@ -104,7 +104,7 @@ def _facts_of(model: nn.Module) -> dict[str, dict[str, str]]:
             name: f"{tuple(p.shape)} {p.dtype} {'trained' if p.requires_grad else 'frozen'}"
             for name, p in parameters.items()
         },
-        "the options of": {fqn: str(module.options) for fqn, module in adapted.items()},
+        "the options of": {fqn: str(module.branch_options) for fqn, module in adapted.items()},
         "the values of": {name: _value_digest(p) for name, p in whole.items()},
     }
 

@@ -13,7 +13,7 @@ def is_plain(tensor: object) -> bool:
     return type(tensor) in _PLAIN
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: object) -> bool:
     """Whether this is a DTensor, told without importing `torch.distributed.tensor`."""
     return hasattr(tensor, "device_mesh")
 
@@ -25,6 +25,29 @@ def full_tensor(tensor: Tensor) -> Tensor:
     """
     gather = getattr(tensor, "full_tensor", None)
     return (tensor if gather is None else gather()).detach()
+
+
+def sharded_like(full: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor cut as another one is sharded; itself if that one is not.
+
+    Nothing is sent: every rank must have the same `full`.
+
+    Args:
+        full: On any device.
+        like: A DTensor of the same shape, or any other tensor.
+    """
+    if not is_sharded(like):
+        return full
+    # Imported here because it costs half a second, which only a DTensor's user should pay.
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(like, DTensor)
+    return distribute_tensor(
+        full.detach().to(like.device_mesh.device_type),
+        like.device_mesh,
+        like.placements,
+        src_data_rank=None,
+    )
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -17,6 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from bridge.peft.tensors import sharded_like
+
 A_INITIALIZERS: dict[str, Callable[..., Tensor]] = {
     "xavier": nn.init.xavier_uniform_,
     "uniform": functools.partial(nn.init.kaiming_uniform_, a=math.sqrt(5)),
@@ -49,15 +51,4 @@ def initialize(weight: Tensor, method: str, seed: int | None = None) -> None:
     # Asked for by device: a `with torch.device("meta")` of the caller must not catch the draw.
     full = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
     A_INITIALIZERS[method](full, generator=generator)
-    full = full.to(weight.device, weight.dtype)
-    if hasattr(weight, "device_mesh"):
-        full = _shard_like(weight, full)
-    weight.copy_(full)
-
-
-def _shard_like(weight: Tensor, full: Tensor) -> Tensor:
-    # Imported here because it costs half a second, which only a DTensor's user should pay.
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    assert isinstance(weight, DTensor)
-    return distribute_tensor(full, weight.device_mesh, weight.placements, src_data_rank=None)
+    weight.copy_(sharded_like(full.to(weight.device, weight.dtype), weight))

@@ -18,6 +18,7 @@ from bridge.peft.branch.wrapper import AdapterWrapper
 from bridge.peft.errors import AdapterError
 from bridge.peft.model.pretrained import random_modules
 from bridge.peft.model.walk import clean_fqn, input_embedding, output_head, some_names
+from bridge.peft.tensors import sharded_like
 
 _ORIGINALS = "parameters_before_adapter"
 
@@ -49,7 +50,7 @@ def replace_parameters(
         is_one = all(torch.equal(values[fqn], values[first]) for _, _, fqn in group)
         if is_one and old.requires_grad and first not in frozen and not old.is_meta:
             with torch.no_grad():  # in training already: an optimizer may hold it
-                old.copy_(values[first])
+                old.copy_(sharded_like(values[first].to(old.dtype), old))
             continue
         if uses[id(old)] > len(group) or not is_one:
             forget_tie(model)
@@ -59,7 +60,7 @@ def replace_parameters(
             if new is None or not is_one:
                 # a copy, so that the parameter shares nothing with the caller's tensor
                 copied = values[fqn].detach().to(old.device, old.dtype, copy=True)
-                new = nn.Parameter(copied, requires_grad=fqn not in frozen)
+                new = nn.Parameter(sharded_like(copied, old), requires_grad=fqn not in frozen)
             module._parameters[name] = new
 
 

@@ -6,6 +6,7 @@ those of one process on smaller matrices, so nothing is dispatched operation by 
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Placement
 
-#: Meshes whose ranks were seen to draw the same random numbers.
-_drawing_alike: set[DeviceMesh] = set()
+#: How many masks were drawn on each mesh; at every thousandth its ranks are compared.
+_masks_drawn: Counter[DeviceMesh] = Counter()
+_COMPARED_EVERY = 1000
 
 
 class _SumGradient(torch.autograd.Function):
@@ -199,8 +201,11 @@ def _shard_of_mask(layout: Layout, dropout: float, position: str) -> int:
 
 
 def _check_ranks_draw_alike(mesh: DeviceMesh) -> None:
-    """Raise, at the first dropout on a mesh, unless its ranks' default generators agree."""
-    if mesh in _drawing_alike or torch.compiler.is_compiling():
+    """Raise, now and then and at the first mask, unless the default generators of a mesh agree."""
+    if torch.compiler.is_compiling():
+        return
+    _masks_drawn[mesh] += 1
+    if _masks_drawn[mesh] % _COMPARED_EVERY != 1:
         return
     state = torch.get_rng_state().to(torch.int64)
     places = torch.arange(1, state.numel() + 1)
@@ -213,4 +218,3 @@ def _check_ranks_draw_alike(mesh: DeviceMesh) -> None:
             "masks would disagree where activations are replicated; call torch.manual_seed(s) with "
             "the same s on all of them"
         )
-    _drawing_alike.add(mesh)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.dtypes import dtype_name
 from bridge.peft.errors import AdapterFileError
-from bridge.peft.tensors import is_plain
+from bridge.peft.parallel.parts import first_rows
+from bridge.peft.tensors import is_plain, is_sharded
 
 #: Values of each weight that are hashed.
 HASHED_VALUES = 2048
@@ -29,8 +30,8 @@ def fingerprint(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
 
     Args:
         modules: Linears by fully qualified name, adapted or not. One whose base weight is not at
-            hand (on `meta`, sharded, a quantised tensor subclass, or merged with the base given up)
-            is left out.
+            hand (on `meta`, a quantised tensor subclass, or merged with the base given up) is left
+            out. With sharded ones every rank must call.
 
     Returns:
         `{"model.layers.0.….q_proj": {"shape": [4096, 4096], "dtype": "bfloat16", "hash": "…"}}`.
@@ -96,13 +97,18 @@ def _base_weight(module: nn.Module) -> Tensor | None:
     if not isinstance(weight, Tensor) or weight.is_meta:
         return None
     data = weight.detach()
-    # a subclass (sharded, torchao's, fp8) has no bytes of its own to look at
-    return data if is_plain(data) else None
+    # a subclass (torchao's, fp8) has no bytes of its own to look at
+    return data if is_plain(data) or _is_sharded_plainly(data) else None
+
+
+def _is_sharded_plainly(weight: Tensor) -> bool:
+    return is_sharded(weight) and is_plain(weight.to_local())  # pyright: ignore
 
 
 def _hash(weight: Tensor) -> str:
     # the first rows that hold enough values, so that nothing large is copied
-    rows = weight[: -(-HASHED_VALUES // max(weight[:1].numel(), 1))]
+    count = -(-HASHED_VALUES // max(weight.shape[1:].numel(), 1))
+    rows = first_rows(weight, count) if is_sharded(weight) else weight[:count]
     values = rows.reshape(-1)[:HASHED_VALUES].to("cpu")
     if values.is_floating_point():
         values = values.to(torch.bfloat16)

@@ -20,7 +20,7 @@ from bridge.peft.lora import Model
 from bridge.peft.model.adapt import Planned, adapt_in_place, check_can_be_adapted
 from bridge.peft.model.trained_parameters import replace_parameters
 from bridge.peft.model.walk import adapted_modules, unwrap
-from bridge.peft.tensors import is_sharded
+from bridge.peft.tensors import is_sharded, sharded_like
 
 
 def save_adapter(model: nn.Module, directory: str | Path) -> Path:
@@ -106,8 +106,8 @@ def load_adapter(
 def _set_values(values: list[tuple[nn.Module, Tensor, Tensor]]) -> None:
     for module, a, b in values:
         assert isinstance(module, LoRAMixin)
-        module.lora_a.weight.copy_(a)
-        module.lora_b.weight.copy_(b)
+        for matrix, values in ((module.lora_a, a), (module.lora_b, b)):
+            matrix.weight.copy_(sharded_like(values.to(matrix.weight.dtype), matrix.weight))
 
 
 def _check_base(adapter: AdapterFile, modules: dict[str, nn.Module], strict: bool) -> None:

@@ -8,7 +8,7 @@ import signal
 import warnings
 from datetime import timedelta
 
-_PATIENCE = timedelta(seconds=5)
+_PATIENCE = timedelta(seconds=2)
 
 
 def quiet_but_for_the_first() -> None:

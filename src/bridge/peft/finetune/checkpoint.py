@@ -22,11 +22,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bridge.peft.errors import AdapterError
-from bridge.peft.finetune.processes import process_count, process_index
+from bridge.peft.finetune.ranks import process_count, process_index
 from bridge.peft.finetune.record import COMPLETE, checkpoints, incomplete
 from bridge.peft.formats.files.atomic import sync_directory
 from bridge.peft.formats.files.untrusted import TENSORS_NAME
-from bridge.peft.tensors import full_tensor, is_sharded
+from bridge.peft.tensors import full_tensor, sharded_like
 
 STATE = "training_state.pt"
 
@@ -152,17 +152,8 @@ def _groups(state: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor on the device and in the shards of a parameter; a count as it is."""
-    if value.shape != parameter.shape:
-        return value
-    value = value.to(parameter.device)
-    if not is_sharded(parameter):
-        return value
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    assert isinstance(parameter, DTensor)
-    # every process has read the whole tensor, so none has to be sent
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    """A whole tensor in the shards of a parameter; a count of steps as it is."""
+    return sharded_like(value, parameter) if value.shape == parameter.shape else value
 
 
 def _hash(directory: Path) -> str:

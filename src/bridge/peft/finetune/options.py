@@ -115,19 +115,3 @@ def total_steps(options: TrainingOptions, samples: int) -> int:
         return options.steps
     batches = math.ceil(samples / options.batch_size)
     return math.ceil(options.epochs * math.ceil(batches / options.gradient_accumulation))
-
-
-def part_of_batch(options: TrainingOptions, parts: int) -> int:
-    """Return how many samples of each batch one of `parts` processes takes.
-
-    Raises:
-        AdapterError: They cannot be shared out evenly.
-    """
-    if options.batch_size % parts:
-        below = options.batch_size // parts * parts
-        fits = f"{below} or {below + parts}" if below else f"{parts}"
-        raise AdapterError(
-            f"--batch-size is {options.batch_size} samples over all processes, which {parts} "
-            f"processes cannot share evenly; pass {fits}, or start another number of them"
-        )
-    return options.batch_size // parts

@@ -19,8 +19,8 @@ from bridge.peft.finetune.models import (
     meta_model,
     stop_ids,
 )
-from bridge.peft.finetune.options import TrainingOptions, part_of_batch, total_steps
-from bridge.peft.finetune.processes import process_count
+from bridge.peft.finetune.options import TrainingOptions, total_steps
+from bridge.peft.finetune.ranks import process_count
 from bridge.peft.finetune.record import RunSpec
 from bridge.peft.finetune.samples import Sample, fit_length, remarks_of, tokenize
 from bridge.peft.finetune.shapes import Recognised, named, recognise
@@ -59,7 +59,6 @@ class Prepared:
 
 def prepare(spec: RunSpec) -> Prepared:
     """Read and check the data, the model's configuration and the recipe; writes nothing."""
-    part_of_batch(spec.options, data_parts(spec.options))  # raises before anything is read
     train_rows, eval_rows = _rows(spec)
     options, dtype = spec.options, base_dtype(spec.options)
     config = load_config(spec.model)
@@ -111,13 +110,6 @@ def base_dtype(options: TrainingOptions) -> torch.dtype:
     if options.dtype is None:
         return torch.bfloat16 if on_cuda else torch.float32
     return getattr(torch, options.dtype)
-
-
-def data_parts(options: TrainingOptions) -> int:
-    """Return among how many devices the samples of a batch are shared out."""
-    if process_count() > 1:
-        return 1 if options.parallel == "tp" else process_count()
-    return max(torch.cuda.device_count(), 1)  # transformers trains on every GPU that it sees
 
 
 def check_can_be_sharded(config: PreTrainedConfig, spec: RunSpec) -> None:

@@ -7,7 +7,6 @@ one that has left; a process that was killed or hangs is told by those that wait
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 from collections.abc import Iterator
 from datetime import timedelta
@@ -19,6 +18,7 @@ import torch.distributed as dist
 
 from bridge.peft.errors import AdapterError, MissingExtraError, UnsupportedLinearError
 from bridge.peft.finetune.models import quiet_imports
+from bridge.peft.finetune.ranks import process_count
 from bridge.peft.finetune.record import checkpoints, resume_command
 
 with quiet_imports():
@@ -27,16 +27,6 @@ with quiet_imports():
 # what gloo says of a process that has gone or does not answer; NCCL's errors are a type
 _LOST_WORDS = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
 _TOLD = (AdapterError, UnsupportedLinearError, MissingExtraError)
-
-
-def process_count() -> int:
-    """Return how many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def process_index() -> int:
-    """Return which of them this one is."""
-    return int(os.environ.get("RANK", "0"))
 
 
 @contextlib.contextmanager
@@ -51,16 +41,16 @@ def joined(timeout: int, output: Path) -> Iterator[None]:
         yield
         return
     is_ours = not dist.is_initialized()
-    PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=timeout))
     try:
         with _lost_told(timeout, output):
+            PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=timeout))
             yield
     except BaseException:
         # torchrun ends the others once the first has left; they are on their way with that code
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise
     finally:
-        if is_ours:
+        if is_ours and dist.is_initialized():
             dist.destroy_process_group()
 
 

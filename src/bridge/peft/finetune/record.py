@@ -71,7 +71,8 @@ def existing_run(output: Path) -> RunSpec | None:
     """Return the record of the run that `output` holds; None if it is free."""
     if output.exists() and not output.is_dir():
         raise AdapterError(f"{output} is a file; pass a directory with --output")
-    if not output.is_dir() or not any(output.iterdir()):
+    # a process that was killed while it wrote the record leaves nothing else
+    if not output.is_dir() or not {p.name for p in output.iterdir()} - {f".{RECORD}.partial"}:
         return None
     path = output / RECORD
     if not path.is_file():

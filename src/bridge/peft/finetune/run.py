@@ -15,8 +15,9 @@ from bridge.peft.finetune.callbacks import ShowProgress, StopOnNan, StopOnSignal
 from bridge.peft.finetune.checkpoint import Checkpoint, read_state
 from bridge.peft.finetune.disk import check_disk_space, disk_full_told
 from bridge.peft.finetune.models import load_model, model_digest, quiet, quiet_imports
-from bridge.peft.finetune.prepare import Prepared, data_parts, prepare
-from bridge.peft.finetune.processes import joined, process_count, process_index, told_together
+from bridge.peft.finetune.prepare import Prepared, prepare
+from bridge.peft.finetune.processes import joined, told_together
+from bridge.peft.finetune.ranks import data_parts, process_count, process_index
 from bridge.peft.finetune.record import (
     METRICS,
     RunSpec,
@@ -156,7 +157,7 @@ def _build_trainer(
         trainer = AdapterTrainer(
             keep=options.keep_checkpoints,
             batch_size=options.batch_size,
-            parts=data_parts(options) if process_count() > 1 else 1,
+            parts=data_parts(options),
             sharded=is_sharded,
             model=model,
             args=trainer_config(prepared, output, resumed=resumed),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from bridge.peft.finetune.options import Parallel
-from bridge.peft.finetune.processes import process_count
+from bridge.peft.finetune.ranks import process_count
 
 
 def shard(model: nn.Module, parallel: Parallel) -> bool:

@@ -28,9 +28,9 @@ from bridge.peft.finetune.checkpoint import (
     write_state,
 )
 from bridge.peft.finetune.models import quiet_imports
-from bridge.peft.finetune.options import part_of_batch
-from bridge.peft.finetune.prepare import Prepared, data_parts
-from bridge.peft.finetune.processes import process_index, told_together
+from bridge.peft.finetune.prepare import Prepared
+from bridge.peft.finetune.processes import told_together
+from bridge.peft.finetune.ranks import part_of_batch, process_index
 from bridge.peft.finetune.record import PARTIAL
 
 with quiet_imports():
@@ -47,8 +47,7 @@ class AdapterTrainer(SFTTrainer):
     `checkpoint-N` holds the adapter's files, the state of training (`checkpoint.py`) and the
     trainer's. It is written under `.partial` by the first process and renamed when nothing is
     missing, so a process killed at any moment leaves the newest complete checkpoint as it was. The
-    newest `keep` stay; `before` is the state that this process started from, and a batch is cut into
-    `parts`.
+    newest `keep` stay; `before` is the state that this process started from.
 
     Args:
         keep: How many checkpoints.
@@ -58,7 +57,9 @@ class AdapterTrainer(SFTTrainer):
         **kwargs: As `SFTTrainer` takes them.
     """
 
-    model: Any  # never None here
+    model: Any  # never None here, nor are these
+    optimizer: Any
+    lr_scheduler: Any
 
     def __init__(
         self, *, keep: int, batch_size: int, parts: int, sharded: bool, **kwargs: Any
@@ -114,14 +115,14 @@ class AdapterTrainer(SFTTrainer):
             total, tokens = total + loss * count, tokens + count
         total, tokens = self.accelerator.reduce((total, tokens))
         return EvalLoopOutput(
-            predictions=(),
+            predictions=(),  # pyright: ignore[reportArgumentType]
             label_ids=None,
             metrics={f"{metric_key_prefix}_loss": (total / tokens).item()},
             num_samples=len(dataloader.dataset),
         )
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        """Keep tensor parallelism from accelerate, which refuses it on CPU and has no part in it."""
+        """Hide tensor parallelism from accelerate: it refuses it on CPU and has no part in it."""
         args = super()._build_accelerator_args(**kwargs)
         args.pop("parallelism_config", None)
         return args
@@ -162,11 +163,12 @@ class AdapterTrainer(SFTTrainer):
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self._resumed["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(self._resumed["scaler"])
+            scaler: Any = self.accelerator.scaler
+            scaler.load_state_dict(self._resumed["scaler"])
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write where nobody looks for complete checkpoints, then publish."""
-        scaler = self.accelerator.scaler
+        scaler: Any = self.accelerator.scaler
         state = {
             "optimizer": optimizer_state(self.optimizer, self.model),
             "schedule": self.lr_scheduler.state_dict(),
@@ -226,8 +228,8 @@ def trainer_config(prepared: Prepared, output: Path, *, resumed: bool) -> SFTCon
             warmup_steps=options.warmup,
             weight_decay=options.weight_decay,
             max_grad_norm=options.max_grad_norm,
-            per_device_train_batch_size=part_of_batch(options, data_parts(options)),
-            per_device_eval_batch_size=part_of_batch(options, data_parts(options)),
+            per_device_train_batch_size=part_of_batch(options),
+            per_device_eval_batch_size=part_of_batch(options),
             gradient_accumulation_steps=options.gradient_accumulation,
             bf16=dtype == torch.bfloat16,
             fp16=dtype == torch.float16,

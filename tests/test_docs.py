@@ -25,7 +25,12 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 NOT_RUN = {
     "CONTRIBUTING.md": ["clones the repository and sets up an environment"],
     "README.md": ["each sets up an environment of its own", "installs packages"],
-    "quickstart.md": ["installs packages"],
+    "parallel.md": [
+        "needs two processes; examples/train_tensor_parallel.py does the like and is run by the "
+        "tests",
+        "starts several processes",
+    ],
+    "quickstart.md": ["installs packages", "starts several processes"],
 }
 #: What the pages call a base model's directory, and an adapter's.
 MODELS = ("DIR", "llama", "path/to/model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import signal
 import warnings
@@ -12,9 +13,12 @@ _PATIENCE = timedelta(seconds=2)
 
 
 def quiet_but_for_the_first() -> None:
-    """Leave Python's warnings, which all processes meet, to the first one."""
+    """Leave warnings and progress bars, which are the same in all processes, to the first one."""
     if os.environ.get("RANK", "0") != "0":
         warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        for library in ("HF_HUB", "HF_DATASETS"):
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
 
 
 def first_to_say(line: str) -> bool:

@@ -124,11 +124,8 @@ def check_can_be_sharded(config: PreTrainedConfig, spec: RunSpec) -> None:
             f"transformers has no tensor parallel plan for a {config.model_type} model; pass "
             "--parallel fsdp"
         )
-    if options.parallel == "tp" and spec.demo:
-        raise AdapterError(
-            "the demo compares bits, which tensor parallel sums do not keep; pass "
-            "--parallel ddp or fsdp"
-        )
+    if spec.demo:
+        raise AdapterError("the demo keeps the whole model on each process; pass --parallel ddp")
 
 
 def _steps(options: TrainingOptions, samples: int) -> int:

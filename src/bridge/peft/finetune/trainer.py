@@ -17,7 +17,7 @@ from torch import nn
 
 from bridge.peft import save_adapter
 from bridge.peft.branch.initializers import derive_seed
-from bridge.peft.finetune.batches import BatchLoader, GlobalBatches, WithBlank, targets
+from bridge.peft.finetune.batches import BLANK, BatchLoader, GlobalBatches, WithBlank, targets
 from bridge.peft.finetune.checkpoint import (
     Checkpoint,
     load_optimizer_state,
@@ -120,6 +120,24 @@ class AdapterTrainer(SFTTrainer):
             metrics={f"{metric_key_prefix}_loss": (total / tokens).item()},
             num_samples=len(dataloader.dataset),
         )
+
+    def _prepare_for_training(self, *args: Any) -> tuple[nn.Module, Any]:
+        model, loader = super()._prepare_for_training(*args)
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            self._order_buckets(model)
+        return model, loader
+
+    def _order_buckets(self, model: nn.Module) -> None:
+        """Let DDP order its buckets before the first step, and not after it.
+
+        Where a gradient lies in a bucket decides in which order three processes or more add it up:
+        a resumed run would round its first step otherwise than a run that went on.
+        """
+        blank = self._prepare_inputs(self.data_collator([WithBlank([])[BLANK]]))
+        model.train()
+        with torch.random.fork_rng():
+            model(**{**blank, "labels": None}).logits.sum().backward()
+        model.zero_grad()
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         """Hide tensor parallelism from accelerate: it refuses it on CPU and has no part in it."""

@@ -167,7 +167,7 @@ class Chaos:
         if aim == "checkpoint":
             while not any(output.glob(f"{PARTIAL}/*")) and job.running():
                 time.sleep(0.0002)
-            time.sleep(self.random.uniform(0, 0.01))
+            time.sleep(self.random.uniform(0, 0.05))
 
     def _problem(self, job: Job, wanted: list[int], waited: float | None, output: Path) -> str:
         if waited is None:
@@ -224,9 +224,9 @@ def _result(output: Path) -> tuple[bytes, float]:
 
 
 def _unpublished(output: Path) -> dict[str, int]:
-    """Files of a checkpoint that is being written, and when each was last touched."""
+    """What there is of a checkpoint that is being written, and when each was last touched."""
     try:
-        found = [path for path in (output / PARTIAL).rglob("*") if path.is_file()]
+        found = [*(output / PARTIAL).rglob("*")]
         return {str(path): path.stat().st_mtime_ns for path in found}
     except FileNotFoundError:  # just now published
         return {}

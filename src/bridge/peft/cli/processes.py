@@ -34,7 +34,7 @@ def first_to_say(line: str) -> bool:
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if address is None or port is None:
         return os.environ.get("RANK") == "0"
-    from torch.distributed import DistError, TCPStore
+    from torch.distributed import DistError, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     key = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT')} {line}"
     try:

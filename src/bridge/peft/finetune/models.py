@@ -45,7 +45,7 @@ with quiet_imports():
     import transformers
     import transformers.modeling_utils  # else imported by the lazy names below, and not quietly
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-    from transformers.distributed import DistributedConfig
+    from transformers.distributed.configuration_utils import DistributedConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -28,6 +28,7 @@ from bridge.peft.finetune.checkpoint import (
     write_state,
 )
 from bridge.peft.finetune.models import quiet_imports
+from bridge.peft.finetune.options import TrainingOptions
 from bridge.peft.finetune.prepare import Prepared
 from bridge.peft.finetune.processes import told_together
 from bridge.peft.finetune.ranks import part_of_batch, process_index
@@ -121,8 +122,8 @@ class AdapterTrainer(SFTTrainer):
             num_samples=len(dataloader.dataset),
         )
 
-    def _prepare_for_training(self, *args: Any) -> tuple[nn.Module, Any]:
-        model, loader = super()._prepare_for_training(*args)
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, Any]:
+        model, loader = super()._prepare_for_training(*args, **kwargs)
         if isinstance(model, nn.parallel.DistributedDataParallel):
             self._order_buckets(model)
         return model, loader
@@ -229,7 +230,6 @@ def trainer_config(prepared: Prepared, output: Path, *, resumed: bool) -> SFTCon
     """
     options, dtype, steps = prepared.spec.options, prepared.dtype, prepared.steps
     evaluate = bool(prepared.evaluation)
-    tenth = math.ceil(steps / 10)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "logs")
     schedule = "constant_with_warmup" if options.schedule == "constant" else options.schedule
     on_cuda = torch.cuda.is_available()
@@ -255,11 +255,9 @@ def trainer_config(prepared: Prepared, output: Path, *, resumed: bool) -> SFTCon
             gradient_checkpointing=options.gradient_checkpointing,
             ddp_find_unused_parameters=False,
             eval_strategy="steps" if evaluate else "no",
-            eval_steps=options.eval_every or tenth,
+            **_intervals(options, steps),
             eval_on_start=evaluate and not resumed,
             save_strategy="steps",
-            save_steps=options.save_every or tenth,
-            logging_steps=min(options.log_every or math.ceil(steps / 200), steps),
             logging_nan_inf_filter=False,  # a NaN must be seen
             save_only_model=True,  # the state of training is saved by us, whatever the sharding
             report_to=["tensorboard"],
@@ -269,3 +267,12 @@ def trainer_config(prepared: Prepared, output: Path, *, resumed: bool) -> SFTCon
             include_num_input_tokens_seen="non_padding",
             max_length=None,
         )
+
+
+def _intervals(options: TrainingOptions, steps: int) -> dict[str, Any]:
+    tenth = math.ceil(steps / 10)
+    return {
+        "eval_steps": options.eval_every or tenth,
+        "save_steps": options.save_every or tenth,
+        "logging_steps": min(options.log_every or math.ceil(steps / 200), steps),
+    }

@@ -9,6 +9,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 from bridge.peft import LoRA
+from bridge.peft.model.walk import clean_fqn
 from bridge.peft.tensors import sharded_like
 
 #: Ranks of 3 and widths of 12 and 20: most of A and B is cut unevenly.
@@ -83,7 +84,7 @@ def move_b(model):
 
 
 def trainable(model):
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {clean_fqn(name): p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def full(tensor):
@@ -92,7 +93,7 @@ def full(tensor):
 
 def close(got, wanted, tolerance):
     """Assert that tensors by name agree, and that there are some."""
-    assert got.keys() == wanted.keys() and got
+    assert got.keys() == wanted.keys() and got and all(t is not None for t in wanted.values())
     for name in wanted:
         torch.testing.assert_close(
             full(got[name]),

@@ -58,19 +58,22 @@ def train(model, steps, part, accumulate=1):
 def check_contract(model, accumulate=1, steps=4):
     whole, before = RECIPE(base()), base().state_dict()
     close(adapter_state_dict(model), adapter_state_dict(whole), 0)
-    move_b(whole), move_b(model)
+    for each in (whole, model):
+        move_b(each)
     ids, classes = batch(0)
     torch.testing.assert_close(model(mine(ids)), mine(whole(ids)), rtol=0, atol=1e-5)
     loss_of(whole, ids, classes).backward()
     loss = loss_of(model, mine(ids), mine(classes))
     loss.backward()
-    dist.all_reduce(loss := loss.detach(), op=dist.ReduceOp.SUM)
+    loss = loss.detach()
+    dist.all_reduce(loss)
     torch.testing.assert_close(loss / 2, loss_of(whole, ids, classes).detach(), rtol=0, atol=1e-5)
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == ("lora_" in name), name
     gradients = {name: p.grad for name, p in trainable(model).items()}
     close(gradients, {name: p.grad for name, p in trainable(whole).items()}, 1e-5)
-    whole.zero_grad(), model.zero_grad()
+    for each in (whole, model):
+        each.zero_grad()
     norms = train(model, steps, mine, accumulate), train(whole, steps, lambda t: t)
     torch.testing.assert_close(*norms, rtol=1e-4, atol=0)
     close(adapter_state_dict(model), adapter_state_dict(whole), 1e-4)
@@ -111,17 +114,19 @@ def what_has_run_before():
         check_contract(RECIPE(model))
 
 
+def remember_path(layer, *_):
+    layer.path_in_forward = layer.lora_path()
+
+
 def paths():
     """In a forward the layers compute on plain tensors, by the fast path."""
     for order in ORDERS:
-        model, seen = sharded(order), {}
-        for fqn, layer in model.named_modules():
-            if hasattr(layer, "lora_path"):
-                layer.register_forward_hook(
-                    lambda layer, *_, fqn=fqn: seen.update({fqn: layer.lora_path().name})
-                )
+        model = sharded(order)
+        layers = [m for m in model.modules() if hasattr(m, "lora_path")]
+        for layer in layers:
+            layer.register_forward_hook(remember_path)
         model(batch(0)[0])
-        assert len(seen) == 6 and set(seen.values()) == {"fused"}
+        assert [layer.path_in_forward.name for layer in layers] == ["fused"] * 6
     assert {row.path for row in RECIPE.plan(shard(base())).rows} == {"fused"}
 
 

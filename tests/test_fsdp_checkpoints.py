@@ -1,4 +1,4 @@
-"""Checkpoints of the adapter alone by `torch.distributed.checkpoint`, from any number of ranks to any."""
+"""DCP checkpoints of the adapter alone, written by any number of ranks and read by another."""
 
 import os
 from pathlib import Path
@@ -80,7 +80,7 @@ class Job:
 
 def continue_elsewhere(before, after, groups, path, uninterrupted):
     """Half of a run on one number of ranks, the other half on another one."""
-    first = Job(before, groups)
+    first, weights, moments = Job(before, groups), {}, {}
     if first.takes_part:
         first.train(range(3))
         first.save(path)

@@ -78,6 +78,9 @@ def the_same_file():
             outputs(model)
             save_adapter(model, directory("computed"))
             assert contents(directory("computed")) == one
+    # A and B on every rank, the head alone in shards
+    save_adapter(trained(shard=lambda model: fully_shard(model.head)), directory("head"))
+    assert contents(directory("head")) == one
 
 
 def loading():

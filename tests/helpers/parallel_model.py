@@ -140,6 +140,10 @@ def _fsdp(model: Transformer) -> nn.Module:
     return fully_sharded(RECIPE(model), dist.init_device_mesh("cpu", (2,)))
 
 
+def _fsdp_first(model: Transformer) -> nn.Module:
+    return RECIPE(fully_sharded(model, dist.init_device_mesh("cpu", (2,))))
+
+
 def _tp_last(model: Transformer) -> nn.Module:
     return tensor_parallel(RECIPE(model), dist.init_device_mesh("cpu", (2,)))
 
@@ -170,6 +174,7 @@ def _fsdp_tp_recipe_first(model: Transformer) -> nn.Module:
 LAYOUTS: dict[str, tuple[Callable[[Transformer], nn.Module], int]] = {
     "DDP": (_ddp, 2),
     "FSDP2 after the recipe": (_fsdp, 2),
+    "FSDP2 before the recipe": (_fsdp_first, 2),
     "TP after the recipe": (_tp_last, 1),
     "TP before the recipe": (_tp_first, 1),
     "TP with sequence parallel after the recipe": (_sp_last, 1),

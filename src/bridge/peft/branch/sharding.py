@@ -53,7 +53,9 @@ def is_distributed(module: nn.Module) -> bool:
 
 
 def place_branch(module: Any, *, alike: bool) -> None:
-    """Place A and B as the layout of their base's weight says, in place; nothing if it is whole, or FSDP2's.
+    """Place A and B as the layout of their base's weight says, in place.
+
+    Nothing happens if the weight is whole, or FSDP2's alone.
 
     Args:
         module: A module with `weight`, `lora_a` and `lora_b`.

@@ -20,6 +20,7 @@ from bridge.peft import (
     save_adapter,
     unmerge,
 )
+from bridge.peft.doctor import doctor
 from bridge.peft.formats.peft import read_adapter
 from tests.helpers.fsdp import RECIPE, base, batch, close, full, loss_of, move_b, shard, strict
 from tests.helpers.layers import DoublingLinear
@@ -212,6 +213,14 @@ def refusals():
     assert not adapter_state_dict(tied)
 
 
+def doctoring():
+    for model in (trained(shard=shard), trained(shard=shard, order=("shard", "recipe"))):
+        for _ in range(2):  # as it is, and when it holds gathered copies
+            report = doctor(model, inputs={"ids": batch(0)[0]})
+            assert report["state"].status == "warn" and "sharded" in report["state"].detail
+            outputs(model)
+
+
 def _with_head_of_its_own():
     model = base()
     model.head = nn.Linear(12, 16, bias=False)
@@ -226,6 +235,7 @@ def everything():
     merging()
     merging_conv1d()
     refusals()
+    doctoring()
     a_random_frozen_module()
 
 

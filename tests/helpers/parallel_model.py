@@ -165,6 +165,11 @@ def _fsdp_tp(model: Transformer) -> nn.Module:
     return fully_sharded(RECIPE(tensor_parallel(model, mesh["tp"])), mesh["dp"])
 
 
+def _fsdp_tp_recipe_last(model: Transformer) -> nn.Module:
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    return RECIPE(fully_sharded(tensor_parallel(model, mesh["tp"]), mesh["dp"]))
+
+
 def _fsdp_tp_recipe_first(model: Transformer) -> nn.Module:
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     return fully_sharded(tensor_parallel(RECIPE(model), mesh["tp"], sequence=True), mesh["dp"])
@@ -180,5 +185,6 @@ LAYOUTS: dict[str, tuple[Callable[[Transformer], nn.Module], int]] = {
     "TP with sequence parallel after the recipe": (_sp_last, 1),
     "TP with sequence parallel before the recipe": (_sp_first, 1),
     "FSDP2 x TP": (_fsdp_tp, 2),
+    "TP, then FSDP2, then the recipe": (_fsdp_tp_recipe_last, 2),
     "recipe, then TP with sequence parallel, then FSDP2": (_fsdp_tp_recipe_first, 2),
 }

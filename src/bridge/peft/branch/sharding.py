@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from bridge.peft.branch.matrix import LoRAMatrix
-from bridge.peft.parallel.fsdp import is_data_parallel
+from bridge.peft.parallel.fsdp import is_data_parallel, is_managed
 from bridge.peft.parallel.layout import layout_of
 from bridge.peft.tensors import is_sharded
 
@@ -64,6 +64,6 @@ def place_branch(module: Any, *, alike: bool) -> None:
     weight = module._parameters.get("weight")
     if weight is None or not is_sharded(weight) or is_data_parallel(module):
         return
-    layout = layout_of(weight)
+    layout = layout_of(weight, below_fsdp=is_managed(module))
     module.lora_a.place(layout.mesh, layout.a, alike=alike)
     module.lora_b.place(layout.mesh, layout.b, alike=alike)

@@ -32,6 +32,8 @@ NOT_RUN = {
     ],
     "quickstart.md": ["installs packages", "starts several processes"],
 }
+#: What torchrun tells a process that is the only one.
+ONLY_PROCESS = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
 #: What the pages call a base model's directory, and an adapter's.
 MODELS = ("DIR", "llama", "path/to/model")
 ADAPTERS = ("out", "a", "b")
@@ -91,6 +93,8 @@ def workplace(tmp_path, monkeypatch):
     write_rows(tmp_path / "train.jsonl", sums(24))
     with one_thread():
         yield tmp_path
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     transformers.utils.logging.enable_progress_bar()
 
 
@@ -130,6 +134,9 @@ def test_no_block_escapes(page):
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
 def test_every_command_and_python_block_runs(page, workplace, capsys, monkeypatch):
     names = names_of(page)
+    if "init_process_group" in page.read_text():
+        for variable, value in ONLY_PROCESS.items():
+            monkeypatch.setenv(variable, value)
     for block in blocks(page):
         if block.not_run:
             continue

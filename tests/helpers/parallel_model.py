@@ -140,6 +140,10 @@ def _fsdp(model: Transformer) -> nn.Module:
     return fully_sharded(RECIPE(model), dist.init_device_mesh("cpu", (2,)))
 
 
+def _fsdp_first(model: Transformer) -> nn.Module:
+    return RECIPE(fully_sharded(model, dist.init_device_mesh("cpu", (2,))))
+
+
 def _tp_last(model: Transformer) -> nn.Module:
     return tensor_parallel(RECIPE(model), dist.init_device_mesh("cpu", (2,)))
 
@@ -161,6 +165,11 @@ def _fsdp_tp(model: Transformer) -> nn.Module:
     return fully_sharded(RECIPE(tensor_parallel(model, mesh["tp"])), mesh["dp"])
 
 
+def _fsdp_tp_recipe_last(model: Transformer) -> nn.Module:
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    return RECIPE(fully_sharded(tensor_parallel(model, mesh["tp"]), mesh["dp"]))
+
+
 def _fsdp_tp_recipe_first(model: Transformer) -> nn.Module:
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     return fully_sharded(tensor_parallel(RECIPE(model), mesh["tp"], sequence=True), mesh["dp"])
@@ -170,10 +179,12 @@ def _fsdp_tp_recipe_first(model: Transformer) -> nn.Module:
 LAYOUTS: dict[str, tuple[Callable[[Transformer], nn.Module], int]] = {
     "DDP": (_ddp, 2),
     "FSDP2 after the recipe": (_fsdp, 2),
+    "FSDP2 before the recipe": (_fsdp_first, 2),
     "TP after the recipe": (_tp_last, 1),
     "TP before the recipe": (_tp_first, 1),
     "TP with sequence parallel after the recipe": (_sp_last, 1),
     "TP with sequence parallel before the recipe": (_sp_first, 1),
     "FSDP2 x TP": (_fsdp_tp, 2),
+    "TP, then FSDP2, then the recipe": (_fsdp_tp_recipe_last, 2),
     "recipe, then TP with sequence parallel, then FSDP2": (_fsdp_tp_recipe_first, 2),
 }

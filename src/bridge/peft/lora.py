@@ -30,6 +30,7 @@ from bridge.peft.model.trained_parameters import check_can_be_trained
 from bridge.peft.model.walk import adapted_modules, some_names, unwrap
 from bridge.peft.model.weight_reads import read_weights
 from bridge.peft.ops.dispatch import ComputePath, choose_path
+from bridge.peft.parallel.fsdp import reshard
 from bridge.peft.parallel.layout import agreed_seed
 from bridge.peft.plan import Plan, PlanRow, TrainedRow
 from bridge.peft.targets import (
@@ -167,6 +168,7 @@ class LoRA:
         """
         check_can_be_adapted(model)
         root = unwrap(model)
+        reshard(root)
         chosen, _, trained = self._match(root)
         for note in self._notes(root, chosen, trained):
             warnings.warn(note, stacklevel=2)
@@ -267,6 +269,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
         (FSDP2) are gathered whole, so every rank must call.
     """
     check_still_adapted(unwrap(model))
+    reshard(model)
     return {
         f"{fqn}.{name}".lstrip("."): full_tensor(parameter)
         for fqn, module in adapted_modules(model)

@@ -19,6 +19,8 @@ from bridge.peft.branch.kinds import LinearAdapter, TELinearAdapter
 from bridge.peft.branch.options import BranchOptions, DropoutPosition, InitMethod
 from bridge.peft.branch.patch import patch_in_place
 from bridge.peft.branch.wrapper import LoRALinear
+from bridge.peft.errors import UnsupportedLinearError
+from bridge.peft.parallel.fsdp import is_data_parallel
 
 __all__ = ["LinearAdapter", "LoRALinear", "TELinearAdapter", "patch_linear_module"]
 
@@ -65,5 +67,10 @@ def patch_linear_module(
         lora_A_init_method=lora_A_init_method,
         lora_dtype=lora_dtype,
     )
+    if is_data_parallel(orig_linear):
+        raise UnsupportedLinearError(
+            f"cannot adapt this {type(orig_linear).__name__} alone: its weight is sharded by "
+            "fully_shard, which the model around it knows; LoRA(...)(model) adapts it"
+        )
     patch_in_place(orig_linear, options)
     return orig_linear

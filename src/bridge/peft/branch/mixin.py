@@ -15,6 +15,7 @@ from bridge.peft.branch.untouched import check_untouched, foreign_patch
 from bridge.peft.errors import UnsupportedLinearError
 from bridge.peft.ops.dispatch import ComputePath, choose_path, lora_add
 from bridge.peft.ops.reference import add_in_base_dtype
+from bridge.peft.parallel.fsdp import is_data_parallel
 from bridge.peft.parallel.tensor import add_sharded_branch
 from bridge.peft.tensors import is_plain, is_sharded
 
@@ -101,6 +102,8 @@ class LoRAMixin(nn.Module):
         Args:
             module: It is not adapted yet, and is not touched.
         """
+        if is_data_parallel(module):
+            return None
         return "its weight is sharded (DTensor); adapt the model before sharding it"
 
     @classmethod
@@ -111,6 +114,11 @@ class LoRAMixin(nn.Module):
             raise UnsupportedLinearError(
                 f"{cls.__name__} copies {cls.copies}, got {type(module).__name__}; "
                 "patch_linear_module adapts other linears in place and keeps their own forward"
+            )
+        if is_sharded(getattr(module, "weight", None)):
+            raise UnsupportedLinearError(
+                f"cannot copy this {type(module).__name__}: its weight is sharded, which a "
+                "copy's would not be; LoRA(...)(model) adapts it in place"
             )
         if reason := cls.refusal(module):
             raise UnsupportedLinearError(f"cannot copy this {type(module).__name__}: {reason}")

@@ -28,7 +28,8 @@ from bridge.peft.merging.in_memory import merge_weight
 from bridge.peft.merging.report import LOST
 from bridge.peft.model.disable import disable_adapters
 from bridge.peft.model.participation import Watch
-from bridge.peft.tensors import all_finite, is_plain
+from bridge.peft.parallel.fsdp import sharded_modules
+from bridge.peft.tensors import all_finite, is_plain, is_sharded
 
 Layers = dict[str, LoRAMixin]
 _ROWS = 4
@@ -42,6 +43,9 @@ def model_checks(model: nn.Module, layers: Layers, inputs: Mapping[str, Any] | N
     if off := [fqn for fqn, layer in layers.items() if not layer.adapter_enabled]:
         fix = "leave disable_adapters first"
         return [Check("state", "warn", f"switched off: {some(off, len(layers))}", fix)]
+    if sharded_modules(model) or any(is_sharded(layer.base_weight) for layer in layers.values()):
+        fix = "check the saved adapter on the unsharded base"
+        return [Check("state", "warn", "sharded: no layer can be called by itself", fix)]
     checks = [_frozen(model, layers), _dtypes(layers), _devices(layers), _finite_base(layers)]
     if failed := [check.name for check in checks[1:] if check.status == "fail"]:
         return [*checks, Check("forward and backward", "skip", f"see {' and '.join(failed)}")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -17,10 +17,15 @@ from bridge.peft.errors import AdapterError, AlreadyAdaptedError
 from bridge.peft.model.encoder_fast_path import keep_encoders_off_fast_path
 from bridge.peft.model.input_gradients import let_inputs_require_grad
 from bridge.peft.model.participation import watch_first_forward
-from bridge.peft.model.pretrained import prepare_pretrained
+from bridge.peft.model.pretrained import (
+    prepare_pretrained,
+    random_modules,
+    remember_random_modules,
+)
 from bridge.peft.model.trained_parameters import train_in_full
 from bridge.peft.model.walk import adapted_modules, output_head, wrappers
 from bridge.peft.model.weight_reads import read_weights
+from bridge.peft.parallel.fsdp import check_can_join, join, reshard
 
 
 class Planned(NamedTuple):
@@ -83,6 +88,9 @@ def adapt_in_place(
         planned: The modules to adapt; that they can be was checked before.
         trained: Modules that are trained in full beside the branches.
     """
+    check_can_join(model, [module for _, module, *_ in planned])
+    reshard(model)  # what is frozen and replaced now must be the parameters, not gathered copies
+    random = random_modules(model)
     read = read_weights(model)
     if (head := output_head(model)) is not None:  # which trainers read for a loss without logits
         read.setdefault(head, []).append(model)
@@ -93,6 +101,7 @@ def adapt_in_place(
         for fqn, module, options, start in planned:
             layers[fqn] = patch_in_place(module, options, start, is_read=module in read)
         train_in_full(model, trained)  # copies all before it changes anything
+        join(model, [place for layer in layers.values() for place in _places(layer)])
     except BaseException:
         _undo(layers.values(), wanted_grad)
         raise
@@ -101,7 +110,15 @@ def adapt_in_place(
     let_inputs_require_grad(model)
     keep_encoders_off_fast_path(model)
     prepare_pretrained(model)
+    remember_random_modules(model, random)
     watch_first_forward(model, layers)
+
+
+def _places(layer: LoRAMixin) -> Iterator[tuple[nn.Module, str]]:
+    """Where a branch's own parameters are."""
+    for name in layer.adapter_parameters():
+        owner, _, last = name.rpartition(".")
+        yield layer.get_submodule(owner), last
 
 
 def _undo(layers: Iterable[LoRAMixin], wanted_grad: Iterable[nn.Parameter]) -> None:

@@ -59,11 +59,12 @@ class Layout:
         return self.mesh.get_local_rank()
 
 
-def layout_of(weight: Tensor) -> Layout:
+def layout_of(weight: Tensor, *, below_fsdp: bool = False) -> Layout:
     """The layout of A and B over a sharded weight.
 
     Args:
         weight: A DTensor of shape (out_features, in_features).
+        below_fsdp: Whether `fully_shard` was called on it too, whose mesh then comes first.
 
     Raises:
         UnsupportedLinearError: Its mesh has several dimensions, or it is a partial sum.
@@ -71,19 +72,20 @@ def layout_of(weight: Tensor) -> Layout:
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     assert isinstance(weight, DTensor)
-    if weight.device_mesh.ndim != 1:
+    mesh, placement = weight.device_mesh, weight.placements[-1]
+    if below_fsdp and mesh.ndim == 2 and mesh.mesh_dim_names:
+        mesh = mesh[mesh.mesh_dim_names[-1]]
+    if mesh.ndim != 1:
         raise UnsupportedLinearError(
-            f"its weight is sharded over a mesh of {weight.device_mesh.ndim} dimensions; shard it "
-            "over the tensor-parallel dimension alone (mesh['tp']), adapt the model, then call "
-            "fully_shard"
+            f"its weight is sharded over a mesh of {mesh.ndim} dimensions; shard it over the "
+            "tensor-parallel dimension alone (mesh['tp']), adapt the model, then call fully_shard"
         )
-    (placement,) = weight.placements
     if placement.is_shard(0):
-        return Layout(weight.device_mesh, a=Replicate(), b=Shard(0))
+        return Layout(mesh, a=Replicate(), b=Shard(0))
     if placement.is_shard(1):
-        return Layout(weight.device_mesh, a=Shard(1), b=Replicate())
+        return Layout(mesh, a=Shard(1), b=Replicate())
     if placement.is_replicate():
-        return Layout(weight.device_mesh, a=Replicate(), b=Replicate())
+        return Layout(mesh, a=Replicate(), b=Replicate())
     raise UnsupportedLinearError(f"its weight is placed as {placement}, not sharded or replicated")
 
 

@@ -18,8 +18,9 @@ from bridge.peft.formats.peft.places import placed
 from bridge.peft.formats.peft.saved_whole import parameters_saved_whole, replacements
 from bridge.peft.lora import Model
 from bridge.peft.model.adapt import Planned, adapt_in_place, check_can_be_adapted
-from bridge.peft.model.trained_parameters import replace_parameters
+from bridge.peft.model.trained_parameters import check_can_be_replaced, replace_parameters
 from bridge.peft.model.walk import adapted_modules, unwrap
+from bridge.peft.parallel.fsdp import reshard
 from bridge.peft.tensors import is_sharded, sharded_like
 
 
@@ -42,6 +43,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
     Raises:
         AdapterError: The model has no adapters, or the directory cannot be written to.
     """
+    reshard(unwrap(model))
     adapter = adapter_of(model)
     parameters = [p for _, m in adapted_modules(model) for p in m.adapter_parameters().values()]
     parameters += [p for _, p in parameters_saved_whole(unwrap(model)).values()]
@@ -87,6 +89,7 @@ def load_adapter(
         AlreadyAdaptedError: The model carries another adapter.
     """
     root = unwrap(model)
+    reshard(root)
     if next(adapted_modules(root), None) is None:
         check_can_be_adapted(model)
     adapter = placed(read_adapter(directory), root)
@@ -94,6 +97,7 @@ def load_adapter(
     modules = {adapter.name_in_file(fqn): module for fqn, module, _ in planned}
     _check_base(adapter, modules, strict)
     tensors, whole = adapter.tensors, replacements(adapter, root)
+    check_can_be_replaced(root, whole)
     if present:
         _set_values([(module, *tensors[fqn]) for fqn, module, _ in planned])
     else:
@@ -106,8 +110,8 @@ def load_adapter(
 def _set_values(values: list[tuple[nn.Module, Tensor, Tensor]]) -> None:
     for module, a, b in values:
         assert isinstance(module, LoRAMixin)
-        for matrix, values in ((module.lora_a, a), (module.lora_b, b)):
-            matrix.weight.copy_(sharded_like(values.to(matrix.weight.dtype), matrix.weight))
+        for matrix, whole in ((module.lora_a, a), (module.lora_b, b)):
+            matrix.weight.copy_(sharded_like(whole.to(matrix.weight.dtype), matrix.weight))
 
 
 def _check_base(adapter: AdapterFile, modules: dict[str, nn.Module], strict: bool) -> None:

@@ -50,6 +50,8 @@ TRAINING_FLAGS = [
     "--save-every",
     "--log-every",
     "--keep-checkpoints",
+    "--parallel",
+    "--timeout",
 ]
 FINETUNE_FLAGS = [
     "--model",

@@ -13,7 +13,8 @@ from bridge.peft.plan import Plan
 from bridge.peft.scaling.layout import Layout
 from bridge.peft.scaling.memory import activation_memory, gathered, parameter_memory
 from bridge.peft.scaling.shapes import Shapes, shapes_of
-from bridge.peft.scaling.traffic import Traffic, traffic
+from bridge.peft.scaling.tensor_traffic import tensor_traffic
+from bridge.peft.scaling.traffic import Traffic, fsdp_traffic, replica_traffic
 from bridge.peft.text_table import size, table
 
 #: What is held, by its name in `RankCost.memory`.
@@ -123,9 +124,19 @@ def per_rank(plan: Plan, model: nn.Module, layout: Layout) -> RankCost:
     return RankCost(
         layout=layout,
         memory=parameter_memory(shapes, layout) | activation_memory(shapes, layout),
-        traffic=traffic(shapes, layout),
+        traffic=_traffic(shapes, layout),
         notes=tuple(_notes(shapes, layout)),
     )
+
+
+def _traffic(shapes: Shapes, layout: Layout) -> tuple[Traffic, ...]:
+    """All collectives of one forward and backward that move anything."""
+    found = (
+        *fsdp_traffic(shapes, layout),
+        *replica_traffic(shapes, layout),
+        *tensor_traffic(shapes, layout),
+    )
+    return tuple(t for t in found if t.ranks > 1 and t.bytes)
 
 
 def _notes(shapes: Shapes, layout: Layout) -> Iterator[str]:

@@ -42,13 +42,13 @@ def parameter_memory(shapes: Shapes, layout: Layout) -> dict[str, int]:
 def working_set(shapes: Shapes, layout: Layout, trained: int) -> int:
     """Bytes of what is whole for a moment.
 
-        FSDP2   root + 2 · block + 2 · the block's gradients
+        FSDP2   root + max(3 · block, 2 · block + 2 · the block's gradients)
         DDP     the gradients once more, in its buckets
 
-    The modules outside blocks stay gathered from the first use to the end of the backward; a block
-    is gathered into one flat buffer, then copied out of it into its parameters; while it computes,
-    the flat buffer is filled with the next block. Its gradients are whole, and again in the buffer
-    that is reduced and scattered.
+    The modules outside blocks stay gathered from the first use to the end of the backward. A block
+    is gathered into one flat buffer and copied out of it into its parameters, while the buffer of
+    the block before is still there. In backward a block is gathered while another computes, whose
+    gradients are whole, and again in the buffer that is reduced and scattered.
 
     Args:
         shapes: The model on paper.
@@ -61,7 +61,7 @@ def working_set(shapes: Shapes, layout: Layout, trained: int) -> int:
     root = gathered(shapes.groups[""], layout)
     largest = max((gathered(block, layout) for block in blocks), default=0)
     whole = (gathered((t for t in block if t.trained), layout) for block in blocks)
-    return root + 2 * largest + 2 * max(whole, default=0)
+    return root + max(3 * largest, 2 * largest + 2 * max(whole, default=0))
 
 
 def gathered(tensors: Iterable[Tensor], layout: Layout) -> int:
@@ -123,11 +123,12 @@ def base_activations(shapes: Shapes, layout: Layout, block: str) -> int | None:
     """
     if not shapes.is_decoder(block):
         return None
-    if (number := shapes.blocks.index(block)) < shapes.first_adapted:
+    first = -1 if embeddings_want_gradient(shapes, layout) else shapes.first_adapted
+    if (number := shapes.blocks.index(block)) < first:
         return 0
     linears = shapes.matrices(block)
     tokens, tp = layout.tokens, layout.tp
-    norms = (1 if number == shapes.first_adapted else 2) * tokens * (linears["q_proj"].shape[1] + 1) * _FLOAT32
+    norms = (1 if number == first else 2) * tokens * (linears["q_proj"].shape[1] + 1) * _FLOAT32
     if layout.sequence_parallel:
         norms //= tp
     outputs = {name: t.local(tp)[0] for name, t in linears.items()}
@@ -180,3 +181,16 @@ def block_input(shapes: Shapes, layout: Layout, block: str) -> int:
     size = 0 if first is None else layout.tokens * first.shape[-1] * shapes.itemsize
     return size // layout.tp if layout.sequence_parallel else size
 
+
+def embeddings_want_gradient(shapes: Shapes, layout: Layout) -> bool:
+    """Whether backward goes down to the embeddings' output.
+
+    It does where they are trained, and with checkpointing: transformers then lets their output
+    want a gradient.
+
+    Args:
+        shapes: The model on paper.
+        layout: How its ranks are divided.
+    """
+    below = [t.trained for t in shapes.groups[""] if t.style in ("vocabulary", "embedding")]
+    return layout.checkpointing or any(below)

@@ -100,6 +100,7 @@ class Shapes:
 
     Attributes:
         tensors: Every parameter, in the model's order, A and B behind their linear's.
+        shared: Parameters that are in `tensors` by another name too: a tied head.
         itemsize: Bytes of an element of the activations, which have the base's dtype.
         half: Whether that is bfloat16, in which float32 A and B are multiplied.
         has_tp_plan: Whether the model says how tensor parallel ranks split it.
@@ -108,6 +109,7 @@ class Shapes:
     """
 
     tensors: tuple[Tensor, ...]
+    shared: tuple[Tensor, ...]
     itemsize: int
     half: bool = False
     has_tp_plan: bool = False
@@ -120,7 +122,7 @@ class Shapes:
 
     @functools.cached_property
     def _styles(self) -> dict[str, str | None]:
-        return {t.module: t.style for t in self.tensors if not t.adapter}
+        return {t.module: t.style for t in (*self.shared, *self.tensors) if not t.adapter}
 
     @functools.cached_property
     def groups(self) -> Mapping[str, Sequence[Tensor]]:
@@ -140,6 +142,22 @@ class Shapes:
         """The number of the first block that a gradient reaches; how many there are if none."""
         order = (i for i, name in enumerate(self.blocks) if any(t.trained for t in self.groups[name]))
         return next(order, len(self.blocks))
+
+    @functools.cached_property
+    def first_branch(self) -> Tensor | None:
+        """The first A or B, in the model's order."""
+        return next((t for t in self.tensors if t.adapter), None)
+
+    def comes_before_branches(self, tensor: Tensor) -> bool:
+        """Whether nothing that a branch has touched reaches a linear of the base."""
+        if self.first_branch is None:
+            return True
+        end = len(self.tensors)
+        return self._order.get(tensor.module, end) < self._order[self.first_branch.module]
+
+    @functools.cached_property
+    def _order(self) -> dict[str, int]:
+        return {t.module: i for i, t in enumerate(self.tensors)}
 
     def matrices(self, block: str) -> dict[str, Tensor]:
         """A block's matrices of the base by the last part of their module's name."""
@@ -181,10 +199,12 @@ def shapes_of(plan: Plan, model: nn.Module, tp: int) -> Shapes:
     rows = {row.fqn: row for row in plan.rows}
     full = tuple(f"{row.fqn}." for row in plan.trained_in_full)
     tensors: list[Tensor] = []
-    for name, parameter in root.named_parameters():
+    shared: list[Tensor] = []
+    own: set[int] = set()
+    for name, parameter in root.named_parameters(remove_duplicate=False):
         fqn = clean_fqn(name)
         style = STYLES.get(_styled(fqn, styles) or "")
-        tensors.append(
+        (shared if id(parameter) in own else tensors).append(
             Tensor(
                 fqn=fqn,
                 shape=tuple(parameter.shape),
@@ -193,13 +213,13 @@ def shapes_of(plan: Plan, model: nn.Module, tp: int) -> Shapes:
                 trained=fqn.startswith(full),
             )
         )
+        own.add(id(parameter))
         if row := rows.pop(fqn.rpartition(".")[0], None):
             tensors += _matrices(row, style)
-    for row in rows.values():  # its weight is another linear's too, and listed there
-        tensors += _matrices(row, None)
     floating = [p.dtype for p in root.parameters() if p.is_floating_point()]
     return Shapes(
         tensors=tuple(tensors),
+        shared=tuple(shared),
         itemsize=floating[0].itemsize if floating else torch.float32.itemsize,
         half=bool(floating) and floating[0] == torch.bfloat16,
         has_tp_plan=bool(styles),

@@ -52,6 +52,11 @@ class RankCost:
         return sum(value or 0 for value in self.memory.values())
 
     @property
+    def bytes_kept(self) -> int:
+        """The activations among them, as far as they are known."""
+        return sum(self.memory[f"{of}_activations"] or 0 for of in ("branch", "base"))
+
+    @property
     def wire_bytes(self) -> int:
         """Bytes that the rank sends in a step."""
         return sum(t.wire_bytes for t in self.traffic)

@@ -1,6 +1,8 @@
 """What a plan costs each rank, on paper: against a fake process group and one real process."""
 
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from tests.helpers import models
 from tests.helpers.cli_fixtures import save_tiny_model
 from tests.helpers.counting import local, saved_in
 
+ROOT = Path(__file__).parent.parent
 RECIPE = LoRA(dim=16, seed=1)
 LLAMA_70B = {
     "hidden_size": 8192,
@@ -102,17 +105,34 @@ def tiny(layers=3, dtype=torch.float32, **more):
     return models.llama(num_hidden_layers=layers, **sizes, **more).to(dtype).train()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_what_autograd_saves_is_what_the_plan_says(dtype, dropout, monkeypatch):
-    monkeypatch.setattr(dispatch, "_has_bfloat16", lambda device: True)
-    model, recipe = tiny(dtype=dtype), LoRA(dim=4, dropout=dropout, seed=1)
+def saved_by(model, recipe):
+    """The plan's memory, and what autograd really saves in the blocks."""
     cost = cost_of(model, recipe, world=1, tokens=32)
     recipe(model)
     with saved_in(model, "model.layers.") as saved:
         model(input_ids=torch.ones(2, 16, dtype=torch.long))
-    assert saved["branches"] == pytest.approx(cost.memory["branch_activations"], rel=0.01)
-    assert saved["base"] == pytest.approx(cost.memory["base_activations"], rel=0.01)
+    return cost.memory, saved
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_what_autograd_saves_is_what_the_plan_says(dtype, dropout, monkeypatch):
+    monkeypatch.setattr(dispatch, "_has_bfloat16", lambda device: True)
+    memory, saved = saved_by(tiny(dtype=dtype), LoRA(dim=4, dropout=dropout, seed=1))
+    assert saved["branches"] == pytest.approx(memory["branch_activations"], rel=0.01)
+    assert saved["base"] == pytest.approx(memory["base_activations"], rel=0.01)
+
+
+def test_what_autograd_saves_in_other_models_is_what_the_plan_says_or_called_unknown():
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+    memory, saved = saved_by(models.qwen2(**sizes).train(), LoRA(dim=4))
+    assert saved["branches"] == memory["branch_activations"]
+    assert saved["base"] == pytest.approx(memory["base_activations"], rel=0.01)
+    config = models.llama(**sizes).config.to_dict() | {"model_type": "qwen3"}
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**config)).train()
+    memory, saved = saved_by(model, LoRA(dim=4))
+    assert saved["branches"] == memory["branch_activations"]
+    assert memory["base_activations"] is None  # it has norms of queries and keys
 
 
 BATCH, LENGTH = 8, 32
@@ -149,7 +169,7 @@ def test_a_module_trained_in_full_has_gradients_and_an_optimizer_state():
     assert cost.memory["base"] == without.memory["base"]
     assert cost.memory["gradients"] == without.memory["gradients"] + head // 4
     assert cost.memory["optimizer"] == without.memory["optimizer"] + 2 * head // 4
-    sent = [sum(t.bytes for t in c.traffic if t.adapter) for c in (without, cost)]
+    sent = [sum(t.adapter_bytes for t in c.traffic) for c in (without, cost)]
     assert sent[1] == sent[0] + head
 
 
@@ -175,7 +195,7 @@ def test_wide_shards_of_a_are_told():
 def test_of_an_unknown_block_the_base_s_activations_are_not_known():
     cost = cost_of(models.gpt2(), LoRA(dim=4), world=2)
     assert cost.memory["base_activations"] is None
-    assert "not known" in str(cost) and "a gated MLP alone" in cost.notes[-1]
+    assert "not known" in str(cost) and "a gated MLP and two norms alone" in cost.notes[-1]
 
 
 @pytest.mark.parametrize(
@@ -212,6 +232,16 @@ def test_a_model_that_does_not_say_how_to_split_it_is_refused():
 )
 def test_a_block_is_the_name_up_to_its_first_number(fqn, block):
     assert block_of(fqn) == block
+
+
+@pytest.mark.parametrize("name", ["70B", "405B"])
+def test_the_tables_of_the_page_are_what_the_formulas_say(name):
+    spec = importlib.util.spec_from_file_location("scaling_tables", ROOT / "scripts/scaling.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    page = (ROOT / "docs/scaling.md").read_text().split(f"\n{name} (")[1].splitlines()
+    for row in tables.rows(name, worlds=[64]):
+        assert row in page
 
 
 def test_the_command_prints_and_exports_what_the_function_returns(tmp_path, capsys):

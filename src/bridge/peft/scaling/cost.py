@@ -63,8 +63,8 @@ class RankCost:
 
     @property
     def adapter_wire_bytes(self) -> int:
-        """The part of `wire_bytes` that is there because of A and B."""
-        return sum(t.wire_bytes for t in self.traffic if t.adapter)
+        """The part of `wire_bytes` that is there because of what is trained."""
+        return sum(t.adapter_wire_bytes for t in self.traffic)
 
     def to_dict(self) -> dict[str, Any]:
         """Layout, memory, traffic and totals, ready for JSON."""
@@ -72,7 +72,9 @@ class RankCost:
             "layout": dataclasses.asdict(self.layout) | {"dp": self.layout.dp},
             "memory": dict(self.memory),
             "traffic": [
-                dataclasses.asdict(t) | {"wire_bytes": t.wire_bytes} for t in self.traffic
+                dataclasses.asdict(t)
+                | {"wire_bytes": t.wire_bytes, "adapter_wire_bytes": t.adapter_wire_bytes}
+                for t in self.traffic
             ],
             "notes": list(self.notes),
             "totals": {
@@ -110,6 +112,9 @@ class RankCost:
             ]
             + [("in all", "", "", "", "", size(self.wire_bytes))],
         )
+        if self.wire_bytes:
+            share = self.adapter_wire_bytes / self.wire_bytes
+            yield f"{size(self.adapter_wire_bytes)} of it ({share:.1%}) because of what is trained"
         for note in self.notes:
             yield f"note: {note}"
 
@@ -150,8 +155,8 @@ def _notes(shapes: Shapes, layout: Layout) -> Iterator[str]:
     whole = sum(t.bytes(layout.tp) for t in adapter)
     if padded > 1.1 * whole:
         yield (
-            f"over {layout.shards} ranks FSDP2 pads A and B from {size(whole)} to {size(padded)}: A "
-            "has one row a rank at least; a smaller fsdp with replicas (HSDP) does not"
+            f"over {layout.shards} ranks FSDP2 pads A and B from {size(whole)} to {size(padded)}, "
+            "as A gets one row a rank at least; a smaller fsdp, with replicas (HSDP), avoids it"
         )
     if layout.tp > 1 and shapes.unknown_styles:
         yield (
@@ -159,4 +164,7 @@ def _notes(shapes: Shapes, layout: Layout) -> Iterator[str]:
             f"{', '.join(shapes.unknown_styles)}"
         )
     if not all(shapes.is_decoder(block) for block in shapes.blocks) or not shapes.blocks:
-        yield "what the frozen base keeps is known of blocks of attention and a gated MLP alone"
+        yield (
+            "what the frozen base keeps is known of blocks of attention, a gated MLP and two norms "
+            "alone; what the branches of others share with it is a guess"
+        )

@@ -1,8 +1,8 @@
 """Bytes that one rank holds: parameters, gradients, optimizer, gathered weights, activations.
 
-In these formulas `T` = tp, `F` = fsdp, `N` = tokens on a rank, `r` = rank of a branch, `b` = bytes of
-an element of the activations, which have the base's dtype. `docs/scaling.md` derives them; each is
-compared with what real ranks allocate in `tests/test_scaling_ranks.py`.
+In these formulas `T` = tp, `F` = fsdp, `N` = tokens on a rank, `r` = rank of a branch, `b` = bytes
+of an element of the activations, which have the base's dtype. `docs/scaling.md` derives them; each
+is compared with what real ranks allocate in `tests/test_scaling_ranks.py`.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ def branch_activations(shapes: Shapes, layout: Layout, block: str) -> int:
 
     Linears read the same x if they have the same parent, width and style of splitting. What the
     base keeps anyway is not counted again: the output of fused attention, which `o_proj` reads.
+    That is exact where `base_activations` knows the block, and a guess elsewhere.
 
     Args:
         shapes: The model on paper.
@@ -94,14 +95,14 @@ def branch_activations(shapes: Shapes, layout: Layout, block: str) -> int:
         dim, width = tensor.local(layout.tp)
         parent, _, name = tensor.module.rpartition(".")
         total += layout.tokens * dim * _h_itemsize(shapes, tensor)
-        if not (name == "o_proj" and shapes.is_decoder(block)):
+        if not (name == "o_proj" and shapes.has_attention(block)):
             key = (parent, tensor.shape[1], shapes.style_of(tensor.module))
             reads[key] = layout.tokens * width * shapes.itemsize
     return total + sum(reads.values())
 
 
 def _h_itemsize(shapes: Shapes, matrix: Tensor) -> int:
-    """h has the dtype in which A is multiplied: bfloat16 with bfloat16, else A's."""
+    """Bytes of an element of h: that of A as it is multiplied, bfloat16 with bfloat16."""
     return _HALF if shapes.half else matrix.itemsize
 
 

@@ -32,8 +32,9 @@ STYLES = {
 }
 #: The dimension that a style splits, from the last one.
 _SPLIT = {"column": -2, "head": -2, "vocabulary": -2, "row": -1, "embedding": -1}
-#: The linears by which a block of attention and a gated MLP is told.
-_DECODER = frozenset(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
+#: The linears by which attention, and a block of it and a gated MLP, are told.
+_ATTENTION = frozenset(("q_proj", "k_proj", "v_proj", "o_proj"))
+_DECODER = _ATTENTION | {"gate_proj", "up_proj", "down_proj"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,6 @@ class Shapes:
         shared: Parameters that are in `tensors` by another name too: a tied head.
         itemsize: Bytes of an element of the activations, which have the base's dtype.
         half: Whether that is bfloat16, in which float32 A and B are multiplied.
-        has_tp_plan: Whether the model says how tensor parallel ranks split it.
         heads: Attention heads, where the model's config says it.
         unknown_styles: Styles of its plan that these formulas do not know.
     """
@@ -112,7 +112,6 @@ class Shapes:
     shared: tuple[Tensor, ...]
     itemsize: int
     half: bool = False
-    has_tp_plan: bool = False
     heads: int | None = None
     unknown_styles: tuple[str, ...] = field(default=())
 
@@ -140,7 +139,9 @@ class Shapes:
     @property
     def first_adapted(self) -> int:
         """The number of the first block that a gradient reaches; how many there are if none."""
-        order = (i for i, name in enumerate(self.blocks) if any(t.trained for t in self.groups[name]))
+        order = (
+            i for i, name in enumerate(self.blocks) if any(t.trained for t in self.groups[name])
+        )
         return next(order, len(self.blocks))
 
     @functools.cached_property
@@ -164,9 +165,16 @@ class Shapes:
         found = (t for t in self.groups.get(block, ()) if not t.adapter and len(t.shape) == 2)
         return {t.module.rpartition(".")[2]: t for t in found}
 
+    def has_attention(self, block: str) -> bool:
+        """Whether a block has the four linears of attention, by Llama's names."""
+        return self.matrices(block).keys() >= _ATTENTION
+
     def is_decoder(self, block: str) -> bool:
-        """Whether a block has just the linears of a Llama-type one."""
-        return self.heads is not None and self.matrices(block).keys() == _DECODER
+        """Whether a block has just the linears of a Llama-type one, and two norms."""
+        vectors = [t for t in self.groups.get(block, ()) if len(t.shape) == 1]
+        norms = [t for t in vectors if not t.fqn.endswith(".bias")]
+        linears = self.matrices(block).keys()
+        return self.heads is not None and linears == _DECODER and len(norms) == 2
 
 
 def block_of(fqn: str) -> str:
@@ -192,40 +200,46 @@ def shapes_of(plan: Plan, model: nn.Module, tp: int) -> Shapes:
     """
     root = unwrap(model)
     styles: Mapping[str, str] = getattr(root, "tp_plan", None) or getattr(root, "_tp_plan", {})
-    config = getattr(root, "config", None)
+    config: Any = getattr(root, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     if tp > 1:
         _check_split(root, styles, config, tp)
-    rows = {row.fqn: row for row in plan.rows}
-    full = tuple(f"{row.fqn}." for row in plan.trained_in_full)
-    tensors: list[Tensor] = []
-    shared: list[Tensor] = []
-    own: set[int] = set()
-    for name, parameter in root.named_parameters(remove_duplicate=False):
-        fqn = clean_fqn(name)
-        style = STYLES.get(_styled(fqn, styles) or "")
-        (shared if id(parameter) in own else tensors).append(
-            Tensor(
-                fqn=fqn,
-                shape=tuple(parameter.shape),
-                itemsize=parameter.element_size(),
-                style=style,
-                trained=fqn.startswith(full),
-            )
-        )
-        own.add(id(parameter))
-        if row := rows.pop(fqn.rpartition(".")[0], None):
-            tensors += _matrices(row, style)
+    tensors, shared = _tensors(plan, root, styles)
     floating = [p.dtype for p in root.parameters() if p.is_floating_point()]
+    dtype = floating[0] if floating else torch.float32
     return Shapes(
-        tensors=tuple(tensors),
-        shared=tuple(shared),
-        itemsize=floating[0].itemsize if floating else torch.float32.itemsize,
-        half=bool(floating) and floating[0] == torch.bfloat16,
-        has_tp_plan=bool(styles),
+        tensors=tensors,
+        shared=shared,
+        itemsize=dtype.itemsize,
+        half=dtype == torch.bfloat16,
         heads=getattr(config, "num_attention_heads", None),
         unknown_styles=tuple(sorted({s for s in styles.values() if s not in STYLES})),
     )
+
+
+def _tensors(
+    plan: Plan, model: nn.Module, styles: Mapping[str, str]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Every parameter once, A and B behind their linear's; and the other names of shared ones."""
+    rows = {row.fqn: row for row in plan.rows}
+    full = tuple(f"{row.fqn}." for row in plan.trained_in_full)
+    found: list[Tensor] = []
+    shared: list[Tensor] = []
+    seen: set[int] = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        fqn = clean_fqn(name)
+        tensor = Tensor(
+            fqn=fqn,
+            shape=tuple(parameter.shape),
+            itemsize=parameter.element_size(),
+            style=STYLES.get(_styled(fqn, styles) or ""),
+            trained=fqn.startswith(full),
+        )
+        (shared if id(parameter) in seen else found).append(tensor)
+        seen.add(id(parameter))
+        if row := rows.pop(fqn.rpartition(".")[0], None):
+            found += _matrices(row, tensor.style)
+    return tuple(found), tuple(shared)
 
 
 def _matrices(row: PlanRow, style: str | None) -> list[Tensor]:

@@ -57,9 +57,16 @@ def tensor_traffic(shapes: Shapes, layout: Layout) -> Iterator[Traffic]:
         yield of("outputs, computed again", "all-reduce", again_outputs, **over)
         yield of("gradients of inputs of column linears", "all-reduce", wanted, **over)
     yield of("logits", "all-gather", logits, **over)
-    over["adapter"] = True
-    yield of("gradients of A beside column linears", "all-reduce", _whole(shapes, "a"), **over)
-    yield of("gradients of B beside row linears", "all-reduce", _whole(shapes, "b"), **over)
+    yield of(
+        "gradients of A beside column linears",
+        "all-reduce",
+        _whole(shapes, "a"),
+        adapter=True,
+        **over,
+    )
+    yield of(
+        "gradients of B beside row linears", "all-reduce", _whole(shapes, "b"), adapter=True, **over
+    )
 
 
 def _base(shapes: Shapes, *styles: str) -> list[Tensor]:

@@ -59,10 +59,19 @@ def tensor_parallel(model, mesh, *, sequence):
     tp.parallelize_module(model, mesh, plan)
 
 
-def laid_out(model, layout):
-    """The model adapted and laid out, and what its process groups are for."""
+def laid_out(model, layout, saved):
+    """The model adapted and laid out, and what its process groups are for.
+
+    Args:
+        saved: Where it is saved, for transformers to split it itself; else None.
+    """
     sizes = (layout.dp, layout.shards, layout.tp)
     mesh = dist.init_device_mesh("cpu", sizes, mesh_dim_names=("dp", "fsdp", "tp"))
+    if saved:
+        own = transformers.DistributedConfig(tp_plan="auto")
+        model = transformers.AutoModelForCausalLM.from_pretrained(saved, distributed_config=own)
+        mesh = model.lm_head.weight.device_mesh
+        return RECIPE(model.train()), {mesh.get_group().group_name: "tp"}
     if layout.tp > 1:
         tensor_parallel(model, mesh["tp"], sequence=layout.sequence_parallel)
     RECIPE(model)
@@ -104,11 +113,11 @@ def check_traffic(seen, cost):
         assert seen.calls[key] == expected_calls[key] or key == ("all-reduce", "dp"), key
 
 
-def check(**sizes):
+def check(saved=None, **sizes):
     layout = Layout(tokens=BATCH * LENGTH, **sizes)
     model = base_model(torch.bfloat16 if layout.tp == 1 and layout.shards > 1 else torch.float32)
     cost = per_rank(RECIPE.plan(model), model, layout)
-    model, kinds = laid_out(model.train(), layout)
+    model, kinds = laid_out(model.train(), layout, saved)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     inputs = batch()
     with Collectives(kinds) as seen:
@@ -127,28 +136,26 @@ def check(**sizes):
 
 def run(layouts):
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     for sizes in layouts:
         check(world=dist.get_world_size(), **sizes)
 
 
-@pytest.mark.parametrize(
-    ("world", "layouts"),
-    [
-        (
-            2,
-            [
-                {"fsdp": 1},
-                {"fsdp": 2},
-                {"fsdp": 2, "checkpointing": True},
-                {"tp": 2},
-                {"tp": 2, "checkpointing": True},
-                {"tp": 2, "sequence_parallel": True},
-                {"tp": 2, "sequence_parallel": True, "checkpointing": True},
-            ],
-        ),
-        (4, [{"fsdp": 4}, {"fsdp": 2}, {"fsdp": 2, "tp": 2}]),
-    ],
-    ids=["2 ranks", "4 ranks"],
-)
+TWO = [
+    {"fsdp": 1},
+    {"fsdp": 2},
+    {"fsdp": 2, "checkpointing": True},
+    {"tp": 2},
+    {"tp": 2, "checkpointing": True},
+    {"tp": 2, "sequence_parallel": True},
+    {"tp": 2, "sequence_parallel": True, "checkpointing": True},
+]
+FOUR = [{"fsdp": 4}, {"fsdp": 2}, {"fsdp": 2, "tp": 2}]
+
+
+@pytest.mark.parametrize(("world", "layouts"), [(2, TWO), (4, FOUR)], ids=["2 ranks", "4 ranks"])
 def test_what_ranks_hold_and_communicate_is_what_the_plan_says(world, layouts, tmp_path):
+    base_model().save_pretrained(saved := tmp_path / "model")
+    if world == 2:
+        layouts = [*layouts, {"tp": 2, "saved": saved}]
     on_ranks(world, functools.partial(run, layouts), tmp_path)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from bridge.peft.branch.initializers import initialize
 from bridge.peft.parallel.layout import placed
-from bridge.peft.tensors import is_sharded
+from bridge.peft.tensors import full_tensor, is_sharded, sharded_like
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -74,6 +74,19 @@ class LoRAMatrix(nn.Module):
         """
         if not is_sharded(self.weight):
             self.weight = placed(self.weight, mesh, placement, alike=alike)
+
+    def whole(self) -> Tensor:
+        """All of the matrix, detached; a collective where it is sharded, so every rank must call."""
+        return full_tensor(self.weight)
+
+    @torch.no_grad()
+    def set_whole(self, values: Tensor) -> None:
+        """Take new values, in place.
+
+        Args:
+            values: All of the matrix, alike on every rank.
+        """
+        self.weight.copy_(sharded_like(values.to(self.weight.dtype), self.weight))
 
     def forward(self, x: Tensor) -> Tensor:
         """`x Wᵀ`: (..., in_features) -> (..., out_features)."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bridge.peft.model.weight_reads import source_mentions
+from bridge.peft.parallel.megatron import is_transformer_block
 
 #: Inputs of a model that are not activations: a mask that wants a gradient takes slower kernels.
 _NOT_ACTIVATIONS = ("mask", "label")
@@ -33,6 +34,10 @@ def let_inputs_require_grad(model: nn.Module) -> None:
     model.register_forward_pre_hook(hooks.find_wrapped_blocks)
     if hooks.switches:
         model.register_forward_pre_hook(hooks.of_inputs, with_kwargs=True)
+    elif blocks := [m for m in model.modules() if is_transformer_block(type(m))]:
+        for block in blocks:  # not its embeddings, whose backward would communicate for nothing
+            block.register_forward_pre_hook(hooks.of_block, with_kwargs=True)
+        return
     elif not any(source_mentions(type(m), "checkpoint") for m in model.modules()):
         return
     for module in model.modules():
@@ -75,6 +80,16 @@ class _Hooks:
     def of_embedding(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Replace an embedding's output, where needed."""
         return _wanting_grad(output) if self._are_needed() else None
+
+    def of_block(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Replace the first input of Megatron's layers, where they are recomputed in backward."""
+        if module.config.recompute_granularity is None or not self._are_needed():
+            return None
+        if args:
+            return (_wanting_grad(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": _wanting_grad(kwargs["hidden_states"])}
 
     def _are_needed(self) -> bool:
         if self.switches and not any(_is_reentrant(module) for module in self.switches):

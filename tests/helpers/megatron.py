@@ -9,12 +9,15 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what it misses: apex, Transformer Engine
     from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 VOCABULARY, LENGTH, BATCH = 64, 8, 2
@@ -34,12 +37,32 @@ class SDPA(nn.Module):
         return out.permute(2, 0, 1, 3).flatten(2)
 
 
+class Norm(nn.RMSNorm):
+    """Megatron's own without Apex refuses sequence parallel."""
+
+    def __init__(self, config, hidden_size, eps=1e-5, **kwargs):
+        super().__init__(hidden_size, eps=eps)
+
+
+class _OnTheCPU(TorchFunctionMode):
+    """`device="cuda"` means the CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
 @contextlib.contextmanager
 def cuda_calls_answered_by_the_cpu():
-    """Megatron asks CUDA for its device and waits for it, inline; here the CPU answers."""
-    with pytest.MonkeyPatch.context() as patch:
+    """Megatron asks CUDA for devices, tensors and random states inline; here the CPU answers."""
+    with pytest.MonkeyPatch.context() as patch, _OnTheCPU():
         patch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
         patch.setattr(torch.cuda, "synchronize", lambda *args: None)
+        patch.setattr(random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.empty(0))
+        patch.setattr(random, "_set_cuda_rng_state", lambda *args, **kwargs: None)
+        patch.setattr(random.CudaRNGStatesTracker, "fork", lambda *a: contextlib.nullcontext())
         yield
 
 
@@ -74,16 +97,15 @@ def gpt(seed=0, experts=None, grouped_gemm=False, position="learned_absolute", *
         "moe_grouped_gemm": grouped_gemm,
         **config,
     }
-    spec = get_gpt_layer_local_spec(
-        num_experts=experts, moe_grouped_gemm=grouped_gemm, normalization="RMSNorm"
-    )
+    spec = get_gpt_layer_local_spec(experts, grouped_gemm, normalization="RMSNorm")
     spec.submodules.self_attention.submodules.core_attention = SDPA
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = Norm
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # sequence parallel on one rank is switched off, it says
         made = TransformerConfig(normalization="RMSNorm", **settings)
         return GPTModel(
             made,
-            spec,
+            TransformerBlockSubmodules([spec] * made.num_layers, layer_norm=Norm),
             vocab_size=VOCABULARY,
             max_sequence_length=LENGTH,
             position_embedding_type=position,

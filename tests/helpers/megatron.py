@@ -45,13 +45,16 @@ class Norm(nn.RMSNorm):
 
 
 class _OnTheCPU(TorchFunctionMode):
-    """`device="cuda"` means the CPU."""
+    """`device="cuda"` means the CPU, and its tensors have the names of CUDA's types."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if kwargs.get("device") == "cuda":
             kwargs["device"] = "cpu"
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.type and isinstance(result, str):
+            return result.replace("torch.", "torch.cuda.")
+        return result
 
 
 @contextlib.contextmanager

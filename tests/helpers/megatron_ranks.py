@@ -28,7 +28,7 @@ def trained(model):
 def whole_gradients(model, attribute="grad"):
     """The gradients of A and B, put together of all ranks."""
     return {
-        f"{fqn}.{name}": matrix.shard.joined(getattr(matrix.weight, attribute))
+        f"{fqn}.{name}": matrix.shard.joined(getattr(matrix.weight, attribute)).clone()
         for fqn, layer in adapted_modules(model)
         for name, matrix in (("a", layer.lora_a), ("b", layer.lora_b))
     }

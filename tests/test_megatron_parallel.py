@@ -62,23 +62,30 @@ def results(recipe=RECIPE, **config):
 
 
 def compare_with_one_process():
-    from tests.helpers.megatron import cuda_calls_answered_by_the_cpu, start
+    from tests.helpers.megatron import MOE, cuda_calls_answered_by_the_cpu, start
 
-    start(tensor=1)
-    expected = results()
-    for split in (False, True):
-        start(tensor=2)
-        with cuda_calls_answered_by_the_cpu():  # by sequence parallel's gathers
-            found = results(sequence_parallel=split)
-        assert found["start"].keys() == expected["start"].keys()
-        for name, tensor in found["start"].items():
-            assert torch.equal(tensor, expected["start"][name]), name
-        for name in ("logits", "loss", "gradients"):
-            torch.testing.assert_close(found[name], expected[name], **CLOSE)
-        torch.testing.assert_close(found["norms"], expected["norms"], rtol=1e-4, atol=0)
-        torch.testing.assert_close(found["end"], expected["end"], rtol=1e-4, atol=1e-4)
-        moved = [n for n, t in found["end"].items() if not torch.equal(t, found["start"][n])]
-        assert len(moved) == len(found["start"])
+    # Megatron asks for sequence parallel where experts are split
+    for config, ways in (({}, (False, True)), (MOE, (True,))):
+        start(tensor=1)
+        with cuda_calls_answered_by_the_cpu():
+            expected = results(**config)
+        for split in ways:
+            start(tensor=2)
+            with cuda_calls_answered_by_the_cpu():  # by sequence parallel's gathers
+                found = results(sequence_parallel=split, **config)
+            assert_same(found, expected)
+
+
+def assert_same(found, expected):
+    assert found["start"].keys() == expected["start"].keys()
+    for name, tensor in found["start"].items():
+        assert torch.equal(tensor, expected["start"][name]), name
+    for name in ("logits", "loss", "gradients"):
+        torch.testing.assert_close(found[name], expected[name], **CLOSE)
+    torch.testing.assert_close(found["norms"], expected["norms"], rtol=1e-4, atol=0)
+    torch.testing.assert_close(found["end"], expected["end"], rtol=1e-4, atol=1e-4)
+    moved = [n for n, t in found["end"].items() if not torch.equal(t, found["start"][n])]
+    assert len(moved) == len(found["start"])
 
 
 @pytest.mark.distributed
@@ -173,7 +180,9 @@ def draw_dropout_where_it_belongs():
                 for _, adapted in adapted_modules(model):
                     for matrix in (adapted.lora_a, adapted.lora_b):
                         if matrix.shard.dim is None:
-                            check_alike(matrix.weight.grad.tolist(), "gradients", "", dist.group.WORLD)
+                            check_alike(
+                                matrix.weight.grad.tolist(), "gradients", "", dist.group.WORLD
+                            )
 
 
 def drawn_masks(linear):

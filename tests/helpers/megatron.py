@@ -17,10 +17,19 @@ with warnings.catch_warnings():
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import moe_utils
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 VOCABULARY, LENGTH, BATCH = 64, 8, 2
+#: A mixture of experts, one after another; its dispatcher is the one that needs no CUDA stream.
+MOE = {
+    "experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 24,
+    "moe_router_load_balancing_type": "none",
+    "moe_token_dispatcher_type": "allgather",
+}
 TARGETS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 
 
@@ -65,6 +74,8 @@ def cuda_calls_answered_by_the_cpu():
         patch.setattr(torch.cuda, "synchronize", lambda *args: None)
         patch.setattr(random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.empty(0))
         patch.setattr(random, "_set_cuda_rng_state", lambda *args, **kwargs: None)
+        # a name that Megatron defines with Transformer Engine only, and reads without it
+        patch.setattr(moe_utils, "te_general_gemm", None, raising=False)
         patch.setattr(random.CudaRNGStatesTracker, "fork", lambda *a: contextlib.nullcontext())
         yield
 

@@ -23,7 +23,9 @@ def adapter_sharded_state_dict(
     """
     root = unwrap(model)
     own = {
-        f"{fqn}.{name}" for fqn, layer in adapted_modules(root) for name in layer.adapter_parameters()
+        f"{fqn}.{name}"
+        for fqn, layer in adapted_modules(root)
+        for name in layer.adapter_parameters()
     }
     sharded: dict[str, Any] = root.sharded_state_dict(metadata=metadata)  # pyright: ignore
     return {name: tensor for name, tensor in sharded.items() if name in own}

@@ -31,6 +31,7 @@ Nothing of Megatron is imported here: its classes are known by their names.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
@@ -94,10 +95,21 @@ def refusal_of(module: nn.Module) -> str | None:
             "the names of layers begin anew on each pipeline stage, which is not supported yet; "
             "use pipeline_model_parallel_size=1"
         )
-    if getattr(module, "is_expert", False) and config.expert_model_parallel_size > 1:
+    return _refusal_of_expert(module, config) if getattr(module, "is_expert", False) else None
+
+
+def _refusal_of_expert(module: nn.Module, config: Any) -> str | None:
+    if config.expert_model_parallel_size > 1:
         return (
             "the names of experts begin anew on each expert parallel rank, which is not supported "
             "yet; use expert_model_parallel_size=1"
+        )
+    size, wanted = LinearLayout.of(module).size, config.tensor_model_parallel_size
+    if size != wanted:
+        return (
+            f"its experts are split over {size} ranks and the rest of the model over {wanted}, "
+            "whose tokens differ and whose gradients nobody would sum; use "
+            f"expert_tensor_parallel_size={wanted}"
         )
     return None
 

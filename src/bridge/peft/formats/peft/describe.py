@@ -57,10 +57,7 @@ def adapter_of(model: nn.Module) -> AdapterFile:
         task_type=_task_type(root),
         **whole_fields,
     )
-    tensors = {
-        fqn: (layer.lora_a.whole(), layer.lora_b.whole())
-        for fqn, layer in layers.items()
-    }
+    tensors = {fqn: (layer.lora_a.whole(), layer.lora_b.whole()) for fqn, layer in layers.items()}
     return AdapterFile(config=config, tensors=tensors, extra=extra, whole=whole)
 
 

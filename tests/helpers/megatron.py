@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import types
 import warnings
 
 import pytest
@@ -74,8 +75,13 @@ def cuda_calls_answered_by_the_cpu():
         patch.setattr(torch.cuda, "synchronize", lambda *args: None)
         patch.setattr(random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.empty(0))
         patch.setattr(random, "_set_cuda_rng_state", lambda *args, **kwargs: None)
-        # a name that Megatron defines with Transformer Engine only, and reads without it
+        # names that Megatron defines with Transformer Engine only, and reads without it
         patch.setattr(moe_utils, "te_general_gemm", None, raising=False)
+        no_fp8 = types.SimpleNamespace(is_fp8_enabled=lambda: False)
+        patch.setattr(random, "FP8GlobalStateManager", no_fp8, raising=False)
+        nothing = lambda **kwargs: contextlib.nullcontext()
+        patch.setattr(random, "activation_recompute_forward", nothing, raising=False)
+        patch.setattr(random, "fp8_autocast", nothing, raising=False)
         patch.setattr(random.CudaRNGStatesTracker, "fork", lambda *a: contextlib.nullcontext())
         yield
 
@@ -111,11 +117,11 @@ def gpt(seed=0, experts=None, grouped_gemm=False, position="learned_absolute", *
         "moe_grouped_gemm": grouped_gemm,
         **config,
     }
-    spec = get_gpt_layer_local_spec(experts, grouped_gemm, normalization="RMSNorm")
-    spec.submodules.self_attention.submodules.core_attention = SDPA
-    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = Norm
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # sequence parallel on one rank is switched off, it says
+        warnings.simplefilter("ignore")  # what is deprecated, or switched off on one rank
+        spec = get_gpt_layer_local_spec(experts, grouped_gemm, normalization="RMSNorm")
+        spec.submodules.self_attention.submodules.core_attention = SDPA
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = Norm
         made = TransformerConfig(normalization="RMSNorm", **settings)
         return GPTModel(
             made,

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 
 from bridge.peft import (
-    LoRA,
     adapter_state_dict,
     disable_adapters,
     load_adapter,
@@ -17,10 +16,9 @@ from bridge.peft import (
     unmerge,
 )
 from bridge.peft.doctor import doctor
-from bridge.peft.errors import AdapterError
 from bridge.peft.model.sharded_state import adapter_sharded_state_dict
 from bridge.peft.model.walk import adapted_modules
-from tests.helpers.megatron_ranks import RECIPE, with_random_b, whole_logits
+from tests.helpers.megatron_ranks import RECIPE, whole_logits, with_random_b
 from tests.helpers.ranks import on_ranks
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}

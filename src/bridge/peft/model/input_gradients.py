@@ -85,7 +85,8 @@ class _Hooks:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Replace the first input of Megatron's layers, where they are recomputed in backward."""
-        if module.config.recompute_granularity is None or not self._are_needed():
+        config: Any = module.config
+        if config.recompute_granularity is None or not self._are_needed():
             return None
         if args:
             return (_wanting_grad(args[0]), *args[1:]), kwargs

@@ -27,8 +27,6 @@ from bridge.peft.ops.products import contract, contract_backward, expand_, expan
 from bridge.peft.ops.reference import add_in_base_dtype
 
 Way = Literal["keep", "sum", "gather", "scatter"]
-#: An odd number, so that seeds of neighbouring ranks have nothing in common.
-_RANK_STRIDE = 0x9E3779B97F4A7C15
 
 
 class Exchange(NamedTuple):
@@ -105,11 +103,10 @@ class Dropped(NamedTuple):
         if p == 0.0:
             return cls(None, None, 1.0)
         pre = position == "pre"
-        seed = draw_seed()
-        if exchange.group is not None and (exchange.splits_x if pre else exchange.splits_y):
-            seed = (seed + exchange.group.rank() * _RANK_STRIDE) % 2**63
+        differs = exchange.splits_x if pre else exchange.splits_y
+        rank = exchange.group.rank() if differs and exchange.group is not None else 0
         shape = (rows_of(x).shape[0], x.shape[-1]) if pre else (tokens, width)
-        mask = SeededMask(*shape, p, x.device, seed)
+        mask = SeededMask(*shape, p, x.device, draw_seed(rank))
         factor = 1.0 / mask.keep_probability
         return cls(mask, None, factor) if pre else cls(None, mask, factor)
 

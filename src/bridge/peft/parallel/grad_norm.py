@@ -1,4 +1,4 @@
-"""Clip gradients of sharded parameters by the norm of all of them, the same number on every rank."""
+"""Clip gradients of sharded parameters by the norm of all of them, the same on every rank."""
 
 from __future__ import annotations
 

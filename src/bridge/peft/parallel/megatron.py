@@ -220,6 +220,11 @@ def mark(parameter: nn.Parameter, shard: Shard, allreduce: bool) -> None:
         setattr(parameter, name, value)
 
 
+def is_split_by_megatron(model: nn.Module) -> bool:
+    """Whether a model has one of Megatron's linears, over several ranks."""
+    return any(LinearLayout.of(m).size > 1 for m in model.modules() if takes(type(m)))
+
+
 def whole_numel(module: nn.Module, parameter: nn.Parameter) -> int:
     """How many numbers the whole of a parameter has, of which a module may hold a part."""
     group = getattr(module, "_tp_group", None) or getattr(module, "tp_group", None)

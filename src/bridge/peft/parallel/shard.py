@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +34,7 @@ class Shard:
         """Into how many parts the matrix is split."""
         return 1 if self.group is None or self.dim is None else self.group.size()
 
-    def shape(self, part: tuple[int, int]) -> tuple[int, int]:
+    def shape(self, part: Sequence[int]) -> tuple[int, int]:
         """The shape of the whole matrix whose parts have the shape `part`."""
         rows, columns = part
         if self.dim == 0:

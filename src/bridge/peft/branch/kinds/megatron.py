@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bridge.peft._optional import megatron_core
-from bridge.peft.branch.initializers import initialize
-from bridge.peft.branch.matrix import LoRAMatrix
+from bridge.peft.branch.matrix import ShardedMatrix
 from bridge.peft.branch.mixin import LoRAMixin, Start
 from bridge.peft.branch.options import BranchOptions
 from bridge.peft.branch.untouched import foreign_patch
@@ -20,77 +18,10 @@ from bridge.peft.errors import AdapterError
 from bridge.peft.ops.dispatch import ComputePath
 from bridge.peft.parallel.agreement import check_alike
 from bridge.peft.parallel.exchange import exchanged_lora_add
-from bridge.peft.parallel.megatron import LinearLayout, mark, refusal_of, takes
+from bridge.peft.parallel.megatron import LinearLayout, refusal_of, takes
 from bridge.peft.parallel.shard import Shard
 
 _SEED_ALIKE = "call torch.manual_seed with one seed on all tensor parallel ranks"
-
-
-class ShardedMatrix(LoRAMatrix):
-    """This rank's part of A or B; the whole is drawn from the seed, then cut.
-
-    Args:
-        in_features: Columns of the whole matrix.
-        out_features: Rows of the whole matrix.
-        init_method: `"xavier"`, `"uniform"` or `"zeros"`.
-        shard: Which part this rank holds.
-        like: The base's weight, for the device and Megatron's marks.
-        dtype: Of the matrix.
-        seed: Of the draw; None uses torch's default CPU generator.
-        values: The whole matrix, to start from instead of a draw.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        init_method: str,
-        shard: Shard,
-        *,
-        like: Tensor,
-        dtype: torch.dtype,
-        seed: int | None = None,
-        values: Tensor | None = None,
-    ) -> None:
-        if values is None:
-            values = torch.empty((out_features, in_features), dtype=dtype, device="cpu")
-            initialize(values, init_method, seed)
-        part = shard.cut(values)
-        rows, columns = part.shape
-        super().__init__(
-            columns, rows, init_method, seed=seed, values=part, device=like.device, dtype=dtype
-        )
-        self.shard = shard
-        self.allreduce: bool = getattr(like, "allreduce", True)
-        mark(self.weight, shard, self.allreduce)
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw the initial values of the whole again and keep this rank's part, in place."""
-        if self.weight.is_meta:
-            return
-        shape = self.shard.shape((self.out_features, self.in_features))
-        whole = torch.empty(shape, dtype=self.weight.dtype, device="cpu")
-        initialize(whole, self.init_method, self.seed)
-        self.set_whole(whole)
-
-    def whole(self) -> Tensor:
-        """All of the matrix, detached; a collective, so every rank must call."""
-        return self.shard.joined(self.weight)
-
-    @torch.no_grad()
-    def set_whole(self, values: Tensor) -> None:
-        """Take this rank's part of new values, in place.
-
-        Args:
-            values: All of the matrix.
-        """
-        self.weight.copy_(self.shard.cut(values))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        mark(self.weight, self.shard, self.allreduce)  # a parameter that left meta is a new one
-        return self
 
 
 class MegatronLoRA(nn.Module):
@@ -119,7 +50,7 @@ class MegatronLoRA(nn.Module):
         super().__init__()
         weight: Tensor = base.weight  # pyright: ignore[reportAssignmentType]
         self.branch_options, self.layout = options, LinearLayout.of(base, name)
-        n_out, n_in = self.layout.weight.shape(tuple(weight.shape))
+        n_out, n_in = self.layout.weight.shape(weight.shape)
         seed, (a, b) = (None, start) if isinstance(start, tuple) else (start, (None, None))
         what, fix = f"the adapter of {name or type(base).__name__}", "pass LoRA(seed=…)"
         check_alike((n_in, n_out, options, seed), what, fix, self.layout.group)
@@ -172,7 +103,7 @@ class MegatronLoRA(nn.Module):
     ) -> dict[str, Any]:
         """A and B as Megatron's `ShardedTensor`s, as any number of ranks can load them."""
         utils = megatron_core("transformer.utils")
-        metadata = utils.ensure_metadata_has_dp_cp_group(metadata)
+        known: dict[str, Any] = utils.ensure_metadata_has_dp_cp_group(metadata)
         matrices = {"linear_in.weight": self.linear_in, "linear_out.weight": self.linear_out}
         sharded = utils.make_sharded_tensors_for_checkpoint(
             {name: matrix.weight for name, matrix in matrices.items()},
@@ -180,11 +111,11 @@ class MegatronLoRA(nn.Module):
             {n: m.shard.dim for n, m in matrices.items() if m.shard.dim is not None},
             sharded_offsets,
             tp_group=self.layout.group,
-            dp_cp_group=metadata["dp_cp_group"],
+            dp_cp_group=known["dp_cp_group"],
         )
         if self.layout.blocks == 2:  # as Megatron's MLP does with the rows of W
             gated, key = megatron_core("transformer.mlp"), f"{prefix}linear_out.weight"
-            apart = metadata.get("singleton_local_shards", False)
+            apart = known.get("singleton_local_shards", False)
             sharded[key] = gated.apply_swiglu_sharded_factory(sharded[key], sharded_offsets, apart)
         return sharded
 
@@ -230,7 +161,7 @@ class MegatronLinearAdapter(LoRALinear, LoRAMixin):
         self.unmerged_weight = None
         self._asked_for_norm = getattr(to_wrap, "return_layernorm_output", None)
         if self._asked_for_norm is not None:
-            to_wrap.return_layernorm_output = True
+            to_wrap.return_layernorm_output = True  # pyright: ignore[reportArgumentType]
         adapter.train(to_wrap.training)
         self.training = to_wrap.training
         self.register_load_state_dict_post_hook(lambda self, _: self._follow_base_off_meta())
@@ -250,7 +181,7 @@ class MegatronLinearAdapter(LoRALinear, LoRAMixin):
         """`(in_features, out_features)` of the whole linear, whatever part of it is here."""
         linear = module.to_wrap if isinstance(module, cls) else module
         weight: Tensor = linear.weight  # pyright: ignore[reportAssignmentType]
-        n_out, n_in = LinearLayout.of(linear).weight.shape(tuple(weight.shape))
+        n_out, n_in = LinearLayout.of(linear).weight.shape(weight.shape)
         return n_in, n_out
 
     @classmethod

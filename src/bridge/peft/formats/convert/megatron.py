@@ -35,7 +35,7 @@ from bridge.peft.formats.convert.megatron_keys import (
     read_pairs,
 )
 from bridge.peft.formats.peft.adapter_file import AdapterFile
-from bridge.peft.formats.peft.config import new_config
+from bridge.peft.formats.peft.config import alpha_for, new_config
 from bridge.peft.formats.peft.names import choose_targets
 from bridge.peft.low_rank import relative_difference, truncated
 
@@ -80,7 +80,7 @@ def to_megatron(
         steps.append(Step(name=name, how=how, error=error))
     dim = max(a.shape[0] for a, _ in fused.values())
     extra = extra_of(adapter, layout, dim, scale, format="megatron", prefix=prefix, parts=parts)
-    config = _config_of(fused, dim, extra, layout)
+    config = _config_of(fused, dim, alpha_for(scale, dim), adapter, layout)
     return Converted(tensors=_named(fused, dim), extra=extra, steps=steps, config=config)
 
 
@@ -257,14 +257,18 @@ def _named(fused: Mapping[str, Pair], dim: int) -> dict[str, Tensor]:
 
 
 def _config_of(
-    fused: Mapping[str, Pair], dim: int, extra: Mapping[str, Any], layout: AttentionLayout
+    fused: Mapping[str, Pair],
+    dim: int,
+    alpha: float,
+    adapter: AdapterFile,
+    layout: AttentionLayout,
 ) -> dict[str, Any]:
     """A config by which `load_adapter` adapts a Megatron model."""
     layers = range(layout.layers or 0)
     others = [f"decoder.layers.{i}.{kind}" for i in layers for kind in FUSED]
     targets = choose_targets(fused, [name for name in others if name not in fused])
-    ranks, alphas = dict.fromkeys(fused, dim), dict.fromkeys(fused, extra["alpha"])
-    return new_config(ranks, alphas, targets, lora_dropout=extra["dropout"])
+    ranks, alphas = dict.fromkeys(fused, dim), dict.fromkeys(fused, alpha)
+    return new_config(ranks, alphas, targets, lora_dropout=adapter.parsed.lora_dropout)
 
 
 def _split(

@@ -43,7 +43,7 @@ def fingerprint(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
         if (weight := _base_weight(module)) is not None:
             shard = _shard(module)
             found[fqn] = {
-                "shape": list(shard.shape(tuple(weight.shape)) if shard else weight.shape),
+                "shape": list(shard.shape(weight.shape) if shard else weight.shape),
                 "dtype": dtype_name(weight.dtype),
                 "hash": _hash(weight, shard),
             }

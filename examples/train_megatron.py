@@ -8,6 +8,7 @@ Runs on GPUs where there are two, else on the CPU, for which attention is torch'
 import os
 import tempfile
 import warnings
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -46,8 +47,9 @@ def base() -> GPTModel:
     """The same random model each time, whatever the number of ranks."""
     torch.manual_seed(0)
     spec = get_gpt_layer_local_spec(normalization="LayerNorm")
+    layer: Any = spec.submodules
     if device == "cpu":
-        spec.submodules.self_attention.submodules.core_attention = Attention
+        layer.self_attention.submodules.core_attention = Attention
     config = TransformerConfig(
         num_layers=2,
         hidden_size=32,
@@ -81,7 +83,7 @@ generator = torch.Generator().manual_seed(0)
 first = torch.randint(0, VOCABULARY, (16, 1), generator=generator)
 tokens = ((first + 3 * torch.arange(LENGTH + 1)) % VOCABULARY).to(device)  # to learn: count by 3
 positions = torch.arange(LENGTH, device=device).expand(16, -1)
-group = parallel_state.get_tensor_model_parallel_group()
+group: Any = parallel_state.get_tensor_model_parallel_group()
 
 
 def loss_of(model: nn.Module) -> torch.Tensor:

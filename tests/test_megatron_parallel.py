@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -118,8 +119,7 @@ def megatron_loop(model):
         finalize_model_grads([wrapped])
         if not gradients:
             gradients = whole_gradients(model, "main_grad")
-        result = optimizer.step()
-        assert result is not None
+        result: Any = optimizer.step()
         updated, norm, _ = result
         assert updated
         norms.append(norm)

@@ -1,5 +1,6 @@
 """What is saved of a Megatron model does not depend on how many ranks saved it."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -96,22 +97,35 @@ def checkpoint_between_sizes():
     from tests.helpers.megatron import cuda_calls_answered_by_the_cpu, gpt, start
 
     root = Path(os.environ["ADAPTER_DIRECTORY"])
-    for saved, loaded, alone in ((2, 1, False), (1, 2, False), (2, 1, True), (1, 2, True)):
-        of = adapter_sharded_state_dict if alone else lambda model: model.sharded_state_dict()
-        directory = root / f"{saved}-{loaded}-{alone}"
+    some = dataclasses.replace(RECIPE, target_modules=["*.layers.1.*"])
+    apart = {"non_homogeneous_layers": True}
+    for saved, loaded, alone, recipe, metadata in (
+        (2, 1, False, RECIPE, {}),
+        (1, 2, False, RECIPE, {}),
+        (2, 1, True, RECIPE, {}),
+        (1, 2, True, RECIPE, {}),
+        (2, 1, True, some, apart),  # which layers there are differs, as Megatron says it
+    ):
+
+        def of(model, alone=alone, metadata=metadata):
+            if alone:
+                return adapter_sharded_state_dict(model, dict(metadata))
+            return model.sharded_state_dict(metadata=dict(metadata))
+
+        directory = root / f"{saved}-{loaded}-{alone}-{bool(metadata)}"
         if dist.get_rank() == 0:
             directory.mkdir()
         dist.barrier()
         with cuda_calls_answered_by_the_cpu():  # `save` waits for the GPU
             start(tensor=saved)
-            model = with_random_b(RECIPE(gpt()))
+            model = with_random_b(recipe(gpt()))
             expected = adapter_state_dict(model), whole_logits(model)
             state = of(model)
             assert alone == all(".adapter." in name for name in state)
             dist_checkpointing.save(state, str(directory))
             start(tensor=loaded)
             # the base's weights are in the checkpoint, or the same without it
-            model = scrambled(RECIPE(gpt(seed=0 if alone else 5)))
+            model = scrambled(recipe(gpt(seed=0 if alone else 5)))
             state = dist_checkpointing.load(of(model), str(directory))
             missing, unexpected = model.load_state_dict(state, strict=False)
         assert not unexpected and not any(".adapter." in name for name in missing)

@@ -1,8 +1,6 @@
 """A branch on Megatron's linears over two tensor parallel ranks: the numbers of one process."""
 
 import dataclasses
-import warnings
-from typing import Any
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from bridge.peft.parallel.exchange import Dropped
 from bridge.peft.parallel.grad_norm import clip_grad_norm_
 from tests.helpers.megatron_ranks import (
     RECIPE,
+    megatron_loop,
     trained,
     whole_gradients,
     whole_logits,
@@ -92,38 +91,6 @@ def assert_same(found, expected):
 @pytest.mark.distributed
 def test_two_tensor_parallel_ranks_compute_what_one_process_computes(tmp_path):
     on_ranks(2, compare_with_one_process, tmp_path)
-
-
-def megatron_loop(model):
-    """Three steps of Megatron's own DDP, `finalize_model_grads` and clipping optimizer."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.distributed.finalize_model_grads import finalize_model_grads
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-
-    from tests.helpers.megatron import loss_of
-
-    settings = OptimizerConfig(
-        optimizer="adam", lr=1e-2, weight_decay=0.01, clip_grad=0.1, bf16=False, fp16=False
-    )
-    wrapped = DistributedDataParallel(
-        model.config, DistributedDataParallelConfig(overlap_grad_reduce=False), model
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        optimizer = get_megatron_optimizer(settings, [wrapped])
-    norms, gradients = [], {}
-    for step in range(3):
-        wrapped.zero_grad_buffer()
-        optimizer.zero_grad()
-        loss_of(wrapped, step).backward()
-        finalize_model_grads([wrapped])
-        if not gradients:
-            gradients = whole_gradients(model, "main_grad")
-        result: Any = optimizer.step()
-        updated, norm, _ = result
-        assert updated
-        norms.append(norm)
-    return gradients, torch.tensor(norms), adapter_state_dict(model)
 
 
 def compare_megatrons_own_loop():

@@ -146,5 +146,6 @@ def positions():
 
 def loss_of(model, seed=0):
     """The mean loss of one batch, the same number on every rank."""
-    ids, labels = batch(seed)
-    return model(ids, positions(), None, labels=labels).mean()
+    device = next(model.parameters()).device
+    ids, labels = (t.to(device) for t in batch(seed))
+    return model(ids, positions().to(device), None, labels=labels).mean()

@@ -59,6 +59,8 @@ TRAINING_FLAGS = [
     "--save-every",
     "--log-every",
     "--keep-checkpoints",
+    "--parallel",
+    "--timeout",
 ]
 FINETUNE_FLAGS = [
     "--model",

@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 
 from bridge.peft.errors import AdapterError
 from bridge.peft.formats.model_directory import check_no_adapter
-from bridge.peft.tensors import full_tensor
+from bridge.peft.parallel.parts import first_rows
+from bridge.peft.tensors import full_tensor, is_sharded
 
 # Set before transformers and TRL are imported: a training run reports to nobody.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -147,11 +148,11 @@ def model_digest(model: PreTrainedModel) -> str:
 
 
 def _first_values(parameter: torch.Tensor) -> torch.Tensor:
-    """At least `_SAMPLED_BYTES` values, or all; of a sharded parameter too, where all must call."""
-    rows = parameter.detach()
-    if rows.dim() > 1:
-        rows = rows[: -(-_SAMPLED_BYTES // rows[0].numel())]
-    return full_tensor(rows).flatten()[:_SAMPLED_BYTES]
+    """At most `_SAMPLED_BYTES` values; where the parameter is sharded, all processes must call."""
+    values = parameter.detach()
+    if is_sharded(values) and values.dim() == 2:
+        values = first_rows(values, -(-_SAMPLED_BYTES // values.shape[1]))
+    return full_tensor(values).flatten()[:_SAMPLED_BYTES]
 
 
 def length_limit(config: PreTrainedConfig) -> int | None:

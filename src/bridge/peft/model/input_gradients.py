@@ -36,7 +36,7 @@ def let_inputs_require_grad(model: nn.Module) -> None:
         model.register_forward_pre_hook(hooks.of_inputs, with_kwargs=True)
     elif blocks := [m for m in model.modules() if is_transformer_block(type(m))]:
         for block in blocks:  # not its embeddings, whose backward would communicate for nothing
-            block.register_forward_pre_hook(hooks.of_megatron_block, with_kwargs=True)
+            block.register_forward_pre_hook(hooks.of_megatron_layers, with_kwargs=True)
         return
     elif not any(source_mentions(type(m), "checkpoint") for m in model.modules()):
         return
@@ -81,7 +81,7 @@ class _Hooks:
         """Replace an embedding's output, where needed."""
         return _wanting_grad(output) if self._are_needed() else None
 
-    def of_megatron_block(
+    def of_megatron_layers(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Replace the first input of Megatron's layers, where they are recomputed in backward."""

@@ -38,11 +38,16 @@ def let_inputs_require_grad(model: nn.Module) -> None:
         for block in blocks:  # not its embeddings, whose backward would communicate for nothing
             block.register_forward_pre_hook(hooks.of_megatron_layers, with_kwargs=True)
         return
-    elif not any(source_mentions(type(m), "checkpoint") for m in model.modules()):
+    elif not any(source_mentions(cls, "checkpoint") for cls in _own_classes(model)):
         return
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.register_forward_hook(hooks.of_embedding)
+
+
+def _own_classes(model: nn.Module) -> set[type[nn.Module]]:
+    """The classes of a model's modules, of adapted ones those from before."""
+    return {getattr(type(module), "base_type", type(module)) for module in model.modules()}
 
 
 class _Hooks:
@@ -61,10 +66,10 @@ class _Hooks:
         for block in self._model.modules():
             if isinstance(block, library.CheckpointWrapper):
                 reentrant = block.checkpoint_impl == library.CheckpointImpl.REENTRANT
-                if reentrant and self.of_block not in block._forward_pre_hooks.values():
-                    block.register_forward_pre_hook(self.of_block, with_kwargs=True)
+                if reentrant and self.of_wrapped_block not in block._forward_pre_hooks.values():
+                    block.register_forward_pre_hook(self.of_wrapped_block, with_kwargs=True)
 
-    def of_block(self, block: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def of_wrapped_block(self, block: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Replace the floating inputs of a checkpointed block, where needed."""
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         if not self._trains() or any(x.requires_grad for x in tensors):

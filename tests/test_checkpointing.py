@@ -91,6 +91,14 @@ def test_a_model_that_calls_checkpoint_itself_gives_every_adapter_its_gradient(u
     close(gradients(move_b(RECIPE(model)), *batch(0)), whole_gradients(), 1e-6)
 
 
+def test_a_model_that_checkpoints_nothing_computes_no_gradient_of_its_embeddings():
+    model = RECIPE(base())
+    embedded = []
+    model.embed.register_forward_hook(lambda *call: embedded.append(call[-1].requires_grad))
+    model(batch(0)[0])
+    assert embedded == [False]
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_floating_inputs_of_a_wrapped_block_are_left_as_the_caller_has_them(mode):
     torch.manual_seed(0)

@@ -29,6 +29,7 @@ NOT_RUN = {
         "needs two processes; examples/train_tensor_parallel.py does the like and is run by the "
         "tests",
         "starts several processes",
+        "needs a Megatron model; examples/train_megatron.py does the like and is run by the tests",
     ],
     "quickstart.md": ["installs packages", "starts several processes"],
 }

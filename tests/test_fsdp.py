@@ -133,7 +133,8 @@ def paths():
 def mixed_precision():
     strict()
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    models = [move_b(sharded(o, shard=partial(shard, mp_policy=policy))) for o in ORDERS]
+    ways = [partial(shard, mp_policy=policy, reshard_after_forward=r) for r in (True, False)]
+    models = [move_b(sharded(order, shard=way)) for order in ORDERS for way in ways]
     whole = move_b(RECIPE(base()))
     ids, classes = batch(0)
     for model in models:
@@ -143,8 +144,9 @@ def mixed_precision():
         loss_of(model, mine(ids), mine(classes)).backward()
         assert {p.grad.dtype for p in trainable(model).values()} == {torch.float32}
     loss_of(whole, ids, classes).backward()
-    first, second = ({n: full(p.grad) for n, p in trainable(m).items()} for m in models)
-    close(first, second, 0)
+    first, *others = ({n: full(p.grad) for n, p in trainable(m).items()} for m in models)
+    for other in others:
+        close(first, other, 0)
     close(first, {n: p.grad for n, p in trainable(whole).items()}, 5e-3)
 
 
@@ -203,6 +205,9 @@ def refusals():
     assert all(p.requires_grad for p in model.parameters())
     fsdp._ARGUMENTS = known
     RECIPE(model)
+    above = shard(base(), parts=())
+    with pytest.raises(AdapterError, match=r"above the ModuleList.*pass the whole model"):
+        RECIPE(above.blocks)
     ignoring = base()
     fully_shard(ignoring, ignored_params=set(ignoring.parameters()))
     with pytest.raises(AdapterError, match=r"manages no parameter of a FSDPTiny"):

@@ -29,7 +29,14 @@ from tests.helpers.ranks import on_ranks
 WITH_HEAD = LoRA(
     target_modules=["q", "up", "down"], dim=3, alpha=6, seed=7, modules_to_train=["head"]
 )
-HALF = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+#: After a forward the modules hold gathered copies in another dtype.
+COMPUTED = partial(
+    shard,
+    mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16),
+    reshard_after_forward=False,
+)
+#: Likewise, in the dtype of the parameters.
+KEPT = partial(shard, reshard_after_forward=False)
 
 
 def trained(recipe=WITH_HEAD, shard=None, order=("recipe", "shard"), dtype=torch.float32):
@@ -74,8 +81,8 @@ def the_same_file():
             model = trained(recipe, shard, order)
             save_adapter(model, directory("sharded"))
             assert contents(directory("sharded")) == one
-            # gathered copies, some of them in bfloat16, are not what is saved
-            model = trained(recipe, partial(shard, mp_policy=HALF), order)
+            # the gathered copies are not what is saved
+            model = trained(recipe, COMPUTED, order)
             outputs(model)
             save_adapter(model, directory("computed"))
             assert contents(directory("computed")) == one
@@ -90,7 +97,7 @@ def loading():
     targets = {
         "sharded": shard(base()),
         "sharded, then adapted": WITH_HEAD(shard(base())),
-        "adapted, then sharded": shard(WITH_HEAD(base())),
+        "adapted, then sharded": KEPT(WITH_HEAD(base())),
     }
     for model in list(targets.values()):
         for _ in range(2):  # as it is, and when it holds gathered copies
@@ -110,7 +117,7 @@ def disabling():
     for model in (
         load_adapter(shard(base()), path),
         trained(shard=shard),
-        trained(shard=shard, order=("shard", "recipe")),
+        trained(shard=KEPT, order=("shard", "recipe")),
     ):
         loss = loss_of(model, *batch(0))  # its graph lives on while the adapters are off
         with disable_adapters(model):
@@ -130,7 +137,7 @@ def disabling():
 def merging():
     for dtype in (torch.float32, torch.bfloat16):
         recipe = WITH_HEAD if dtype == torch.float32 else RECIPE
-        whole, model = trained(recipe, dtype=dtype), trained(recipe, shard, dtype=dtype)
+        whole, model = trained(recipe, dtype=dtype), trained(recipe, KEPT, dtype=dtype)
         before, wanted = dict(base().to(dtype).named_parameters()), outputs(whole)
         outputs(model)
         report, report_of_whole = merge(model), merge(whole)

@@ -32,6 +32,7 @@ from bridge.peft.model.weight_reads import read_weights
 from bridge.peft.ops.dispatch import ComputePath, choose_path
 from bridge.peft.parallel.fsdp import reshard
 from bridge.peft.parallel.layout import agreed_seed
+from bridge.peft.parallel.megatron import whole_numel
 from bridge.peft.plan import Plan, PlanRow, TrainedRow
 from bridge.peft.targets import (
     ALL_LINEAR,
@@ -42,7 +43,7 @@ from bridge.peft.targets import (
     match_targets,
     tied_linears,
 )
-from bridge.peft.tensors import full_tensor, is_plain, is_sharded
+from bridge.peft.tensors import is_plain, is_sharded
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -266,14 +267,14 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Returns:
         `{"….q_proj.lora_a.weight": (dim, in_features), "….lora_b.weight": (out_features, dim), …}`,
         detached, sharing storage with the model; empty if nothing is adapted. Sharded tensors
-        (FSDP2) are gathered whole, so every rank must call.
+        (FSDP2, Megatron's tensor parallel) are gathered whole, so every rank must call.
     """
     check_still_adapted(unwrap(model))
     reshard(model)
     return {
-        f"{fqn}.{name}".lstrip("."): full_tensor(parameter)
+        f"{fqn}.{name}".lstrip("."): tensor
         for fqn, module in adapted_modules(model)
-        for name, parameter in module.adapter_parameters().items()
+        for name, tensor in module.whole_parameters().items()
     }
 
 
@@ -318,10 +319,16 @@ def _weight(candidate: Candidate) -> Tensor:
 
 
 def _count_parameters(model: nn.Module) -> int:
-    """Parameters of a model; a packed 4-bit weight counts as the matrix that it stands for."""
+    """Parameters of a model; a packed weight, or a part of one, counts as what it stands for."""
     packed = {
         id(m.weight): m.in_features * m.out_features
         for m in model.modules()
         if isinstance(m, nn.Linear) and not m.weight.is_floating_point()
     }
-    return sum(packed.get(id(p), p.numel()) for p in model.parameters())
+    whole = {
+        id(p): whole_numel(module, p)
+        for module in model.modules()
+        for p in module._parameters.values()
+        if p is not None
+    }
+    return sum(packed.get(id(p), whole[id(p)]) for p in model.parameters())

@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from bridge.peft._optional import TELinear
-from bridge.peft.branch.registry import unsupported_reason
+from bridge.peft.branch.registry import kind_of, unsupported_reason
 from bridge.peft.errors import TargetError
 from bridge.peft.model.walk import clean_fqn, output_head
+from bridge.peft.parallel.megatron import is_embedding
 
 ALL_LINEAR = "all-linear"
 #: Names by which a direct child of the model, if it is a linear, is its output head.
@@ -92,7 +93,7 @@ def output_heads(model: nn.Module) -> set[int]:
     heads = {
         id(child)
         for name, child in model.named_children()
-        if name in _HEAD_NAMES and isinstance(child, nn.Linear)
+        if name in _HEAD_NAMES and _is_linear(child)
     }
     if (head := output_head(model)) is not None:
         heads.add(id(head))
@@ -101,6 +102,11 @@ def output_heads(model: nn.Module) -> set[int]:
         id(m) for m in model.modules() if isinstance(m, nn.Linear) and id(m.weight) in embedded
     )
     return heads
+
+
+def _is_linear(module: nn.Module) -> bool:
+    kind = kind_of(type(module))
+    return isinstance(module, nn.Linear) or (kind is not None and kind.wraps)
 
 
 def tied_linears(model: nn.Module) -> set[nn.Module]:
@@ -278,9 +284,9 @@ def _nearest(name: str, names: set[str]) -> list[str]:
 
 def _why_not(module: nn.Module, reason: str | None) -> str | None:
     """Why a module that looks like a linear is not adapted; None if it does not look like one."""
-    if isinstance(module, nn.Linear | TELinear):
+    if isinstance(module, nn.Linear | TELinear) or kind_of(type(module)) is not None:
         return reason
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag | _ConvNd):
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag | _ConvNd) or is_embedding(type(module)):
         return None
     for name, parameter in module._parameters.items():
         if parameter is not None and parameter.dim() in (2, 3) and min(parameter.shape) > 1:

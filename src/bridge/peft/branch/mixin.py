@@ -16,6 +16,7 @@ from bridge.peft.errors import UnsupportedLinearError
 from bridge.peft.ops.dispatch import ComputePath, choose_path, lora_add
 from bridge.peft.ops.reference import add_in_base_dtype
 from bridge.peft.parallel.fsdp import is_data_parallel
+from bridge.peft.parallel.shard import Shard
 from bridge.peft.parallel.tensor import add_sharded_branch
 from bridge.peft.tensors import is_plain, is_sharded
 
@@ -69,6 +70,8 @@ class LoRAMixin(nn.Module):
     plain_forward: ClassVar[bool] = False
     #: True if the base stores its weight as (in_features, out_features).
     transposed: ClassVar[bool] = False
+    #: True if the kind stands in its base's place and holds it, instead of patching it in place.
+    wraps: ClassVar[bool] = False
     #: The name of the base's input, by which it may be passed too.
     input_name: ClassVar[str] = "input"
 
@@ -127,6 +130,34 @@ class LoRAMixin(nn.Module):
     def features(cls, module: nn.Module) -> tuple[int, int]:
         """`(in_features, out_features)` of a module that this kind takes."""
         return module.in_features, module.out_features  # pyright: ignore[reportReturnType]
+
+    @classmethod
+    def wrap(
+        cls, module: nn.Module, options: BranchOptions, start: Start = None, name: str = ""
+    ) -> LoRAMixin:
+        """The adapted module that stands in the place of `module`, of a kind that wraps.
+
+        Args:
+            module: The base; it is frozen.
+            options: The branch's options.
+            start: What the branch starts from.
+            name: The module's fully qualified name.
+        """
+        raise NotImplementedError(cls.__name__)
+
+    @property
+    def base(self) -> nn.Module:
+        """The module that holds the base's parameters: this one, unless it wraps another."""
+        return self
+
+    @classmethod
+    def weight_shard(cls, module: nn.Module) -> Shard | None:
+        """Which part of the whole weight a module holds by its class's own sharding; None: all."""
+        return None
+
+    def let_go(self) -> nn.Module:
+        """Make the base what it was before, and return it; whether it wants gradients aside."""
+        return self.base
 
     def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Run the base's own forward and add the branch to its result.
@@ -221,6 +252,16 @@ class LoRAMixin(nn.Module):
         return weight.t() if self.transposed else weight
 
     @property
+    def input_width(self) -> int:
+        """Features of x as this process sees it."""
+        return self.features(self)[0]
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this process may hold a part of A or B only, so that saving is a collective."""
+        return any(map(is_sharded, self.adapter_parameters().values()))
+
+    @property
     def base_weight(self) -> Tensor:
         """The base's own weight, the way round that the base stores it."""
         own = self._parameters.get("weight")
@@ -228,6 +269,10 @@ class LoRAMixin(nn.Module):
 
     def weight_was_written(self) -> None:
         """Called after the base's weight was written in place: forget what was made from it."""
+
+    def whole_parameters(self) -> dict[str, Tensor]:
+        """A and B, whole and detached, under their names below this module; may be a collective."""
+        return {"lora_a.weight": self.lora_a.whole(), "lora_b.weight": self.lora_b.whole()}
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """A and B under their names below this module."""
@@ -286,7 +331,7 @@ class LoRAMixin(nn.Module):
         lora_a = LoRAMatrix(n_in, options.dim, method, seed=seed, values=a, **placed)
         lora_b = LoRAMatrix(options.dim, n_out, "zeros", values=b, **placed)
         module.requires_grad_(False)
-        for name, value in _settings(options).items():
+        for name, value in branch_settings(options).items():
             setattr(module, name, value)
         module.dropout, module.lora_a, module.lora_b = nn.Dropout(options.dropout), lora_a, lora_b
         for child in (module.dropout, lora_a, lora_b):
@@ -318,7 +363,7 @@ def _has_hooks(matrix: LoRAMatrix) -> bool:
     return bool(matrix._forward_pre_hooks or matrix._forward_hooks or "forward" in vars(matrix))
 
 
-def _settings(options: BranchOptions) -> dict[str, Any]:
+def branch_settings(options: BranchOptions) -> dict[str, Any]:
     """What a branch sets on its module beside its children."""
     return {
         "branch_options": options,
@@ -333,4 +378,4 @@ def _settings(options: BranchOptions) -> dict[str, Any]:
 
 
 #: What a branch adds to a module, which must be free before.
-BRANCH_ATTRIBUTES = (*_settings(BranchOptions()), "dropout", "lora_a", "lora_b")
+BRANCH_ATTRIBUTES = (*branch_settings(BranchOptions()), "dropout", "lora_a", "lora_b")

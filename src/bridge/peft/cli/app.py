@@ -23,7 +23,7 @@ from bridge.peft.version import __version__
 
 COMMANDS = {
     "finetune": "Train an adapter on your data, or run the embedded demo.",
-    "plan": "Show what would be adapted and what it costs; loads no weights.",
+    "plan": "Show what would be adapted and what it costs, on many ranks too; loads no weights.",
     "inspect": "Show what an adapter holds: rank, targets, size of each update.",
     "merge": "Fold adapters into a model directory that plain transformers loads.",
     "resize": "Give an adapter another rank; says how much of each update is kept.",

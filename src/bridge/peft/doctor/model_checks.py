@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from bridge.peft.branch.mixin import LoRAMixin
-from bridge.peft.branch.registry import features
 from bridge.peft.doctor.report import Check, some, verdict
 from bridge.peft.doctor.sample_inputs import sample_inputs
 from bridge.peft.dtypes import TRAINABLE_DTYPES, dtype_name
 from bridge.peft.errors import AdapterError
-from bridge.peft.formats.peft import read_adapter, save_adapter
-from bridge.peft.lora import adapter_state_dict
+from bridge.peft.formats.peft import read_adapter, write_adapter
+from bridge.peft.formats.peft.describe import adapter_of
 from bridge.peft.merging.in_memory import merge_weight
 from bridge.peft.merging.report import LOST
 from bridge.peft.model.disable import disable_adapters
@@ -52,7 +51,7 @@ def model_checks(model: nn.Module, layers: Layers, inputs: Mapping[str, Any] | N
     with _left_as_it_was(model):
         model.eval()
         checks += [_no_op(layers), _gradients(layers), _all_of_the_model(model, layers, inputs)]
-    return [*checks, _save_and_load(model), _merge_forecast(layers)]
+    return [*checks, _save_and_load(model, layers), _merge_forecast(layers)]
 
 
 @contextmanager
@@ -166,8 +165,7 @@ def _all_of_the_model(model: nn.Module, layers: Layers, inputs: Mapping[str, Any
     weights = [p for layer in layers.values() for p in _ab(layer) if p.requires_grad]
     try:
         inputs = sample_inputs(model) if inputs is None else inputs
-        with_branches, base, loss = _runs(model, layers, inputs)
-        gradients = torch.autograd.grad(loss, weights, allow_unused=True) if weights else ()
+        with_branches, base, gradients = _runs(model, layers, inputs, weights)
     except Exception as error:
         # a model's forward fails in ways of its own on a sample not meant for it
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -187,9 +185,9 @@ def _all_of_the_model(model: nn.Module, layers: Layers, inputs: Mapping[str, Any
 
 
 def _runs(
-    model: nn.Module, layers: Layers, inputs: Mapping[str, Any]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The output with B = 0, that of the disabled model, and a loss with random B."""
+    model: nn.Module, layers: Layers, inputs: Mapping[str, Any], weights: list[nn.Parameter]
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """The output with B = 0, that of the disabled model, and gradients with random B."""
     watch = Watch(model, layers)
     try:
         with torch.no_grad(), _b_set_to(layers, "zero"):
@@ -201,24 +199,25 @@ def _runs(
     finally:
         watch.stop()
     with torch.enable_grad(), _b_set_to(layers, "random"):
-        return with_branches, base, _first(model(**inputs)).float().square().mean()
+        loss = _first(model(**inputs)).float().square().mean()
+        # in here: backward reads the B that is in place when it runs
+        gradients = torch.autograd.grad(loss, weights, allow_unused=True) if weights else ()
+    return with_branches, base, gradients
 
 
-def _save_and_load(model: nn.Module) -> Check:
+def _save_and_load(model: nn.Module, layers: Layers) -> Check:
     name = "save and load"
     with TemporaryDirectory() as directory:
         try:
-            again = read_adapter(save_adapter(model, Path(directory)))
+            # by every rank into its own directory, which `save_adapter` would not do
+            again = read_adapter(write_adapter(adapter_of(model), Path(directory)))
         except AdapterError as error:
             return Check(name, "fail", str(error), "this model cannot be saved as it is")
-    loaded = {
-        f"{fqn}.lora_{which}.weight".lstrip("."): tensor
-        for fqn, pair in again.tensors.items()
-        for which, tensor in zip("ab", pair, strict=True)
-    }
-    state = adapter_state_dict(model)
-    if loaded.keys() == state.keys() and all(
-        torch.equal(loaded[k], t.cpu()) for k, t in state.items()
+    state = {fqn: (m.lora_a.whole(), m.lora_b.whole()) for fqn, m in layers.items()}
+    if again.tensors.keys() == state.keys() and all(
+        torch.equal(loaded, mine.cpu())
+        for fqn, pair in state.items()
+        for loaded, mine in zip(again.tensors[fqn], pair, strict=True)
     ):
         return Check(name, "pass", "every tensor and scale comes back bit for bit")
     return Check(name, "fail", "tensors differ", "please report this with the model's name")
@@ -241,8 +240,8 @@ def _merge_forecast(layers: Layers) -> Check:
 
 
 def _is_mergeable(layer: LoRAMixin) -> bool:
-    own = "weight" in layer._parameters and _is_ordinary(layer.base_weight) and layer.is_linear()
-    return own and all(map(all_finite, _ab(layer)))
+    own = "weight" in layer.base._parameters and _is_ordinary(layer.base_weight)
+    return own and layer.is_linear() and all(map(all_finite, _ab(layer)))
 
 
 def _is_ordinary(weight: Tensor) -> bool:
@@ -258,7 +257,7 @@ def _input(layer: LoRAMixin) -> Tensor:
     """Random rows in the dtype that the base takes: its weight's, or A's if that is packed."""
     weight = layer.base_weight
     dtype = weight.dtype if weight.dtype in TRAINABLE_DTYPES else layer.lora_a.weight.dtype
-    return torch.randn(_ROWS, features(layer)[0]).to(weight.device, dtype)
+    return torch.randn(_ROWS, layer.input_width).to(weight.device, dtype)
 
 
 def _first(output: Any) -> Tensor:

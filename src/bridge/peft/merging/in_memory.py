@@ -109,7 +109,7 @@ def merge(
     for fqn, layer in layers:
         _check_finite(fqn, layer, compute_dtype)
     for layer in tied:
-        layer.weight = nn.Parameter(layer.base_weight.detach().clone(), requires_grad=False)
+        layer.base.weight = nn.Parameter(layer.base_weight.detach().clone(), requires_grad=False)
         forget_tie(unwrap(model))
     rows: list[MergeRow] = []
     try:
@@ -207,7 +207,7 @@ def _check_mergeable(fqn: str, layer: LoRAMixin) -> None:
     if layer.merged:
         raise AdapterError(f"{fqn} is merged already; unmerge(model) first")
     _check_enabled(fqn, layer)
-    if "weight" not in layer._parameters:
+    if "weight" not in layer.base._parameters:
         raise AdapterError(
             f"the weight of {fqn} is computed from other parameters (pruning, weight or spectral "
             "norm, a parametrization); make it a plain nn.Parameter first (prune.remove, "

@@ -30,7 +30,7 @@ def sharers(model: nn.Module, layers: Iterable[LoRAMixin]) -> Mapping[LoRAMixin,
     for layer in layers:
         weight = layer.base_weight
         for name, module, parameter in by_storage.get(_storage(weight), []):
-            if module is not layer and _overlap(weight, parameter):
+            if module is not layer.base and _overlap(weight, parameter):
                 found.setdefault(layer, []).append(name)
     return found
 

@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 from bridge.peft.branch.kinds.read_linear import hook_reader
 from bridge.peft.branch.mixin import LoRAMixin, Start
 from bridge.peft.branch.options import BranchOptions
-from bridge.peft.branch.patch import patch_in_place, take_branch_off
+from bridge.peft.branch.patch import add_branch, take_branch_off
 from bridge.peft.errors import AdapterError, AlreadyAdaptedError
 from bridge.peft.model.encoder_fast_path import keep_encoders_off_fast_path
 from bridge.peft.model.input_gradients import let_inputs_require_grad
@@ -55,7 +55,7 @@ def check_can_be_adapted(model: nn.Module) -> None:
             that were there when it was made.
         AlreadyAdaptedError: It carries adapters, ours or PEFT's.
     """
-    if any(isinstance(level, DistributedDataParallel) for level in wrappers(model)):
+    if any(_is_data_parallel(type(level)) for level in wrappers(model)):
         raise AdapterError(
             "the model is inside DistributedDataParallel, which would not synchronise A and B "
             "added now; adapt the model first, then wrap it"
@@ -76,6 +76,11 @@ def check_can_be_adapted(model: nn.Module) -> None:
                 f"the model already carries an adapter of PEFT ({fqn or 'the model itself'} is a "
                 f"{type(module).__name__}); call its merge_and_unload(), or load the base model"
             )
+
+
+def _is_data_parallel(cls: type[nn.Module]) -> bool:
+    """Whether this is torch's `DistributedDataParallel`, or Megatron's, told by its name."""
+    return cls.__name__ == "DistributedDataParallel" or issubclass(cls, DistributedDataParallel)
 
 
 def adapt_in_place(
@@ -99,11 +104,13 @@ def adapt_in_place(
     try:
         model.requires_grad_(False)
         for fqn, module, options, start in planned:
-            layers[fqn] = patch_in_place(module, options, start, is_read=module in read)
+            layer = add_branch(module, options, start, is_read=module in read, name=fqn)
+            layers[fqn] = layer
+            put_in_place_of(model, module, layer)
         train_in_full(model, trained)  # copies all before it changes anything
         join(model, [place for layer in layers.values() for place in _places(layer)])
     except BaseException:
-        _undo(layers.values(), wanted_grad)
+        _undo(model, layers.values(), wanted_grad)
         raise
     for reader in {r for _, module, *_ in planned for r in read.get(module, ())}:
         hook_reader(reader)
@@ -121,8 +128,26 @@ def _places(layer: LoRAMixin) -> Iterator[tuple[nn.Module, str]]:
         yield layer.get_submodule(owner), last
 
 
-def _undo(layers: Iterable[LoRAMixin], wanted_grad: Iterable[nn.Parameter]) -> None:
+def put_in_place_of(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Make every module of a model that holds `old` as a child hold `new`, in place.
+
+    Args:
+        model: The model, not wrapped.
+        old: A module below it.
+        new: What stands in its place; the same object where nothing is to be done.
+    """
+    if new is old:
+        return
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is old and parent is not new:
+                parent._modules[name] = new
+
+
+def _undo(
+    model: nn.Module, layers: Iterable[LoRAMixin], wanted_grad: Iterable[nn.Parameter]
+) -> None:
     for layer in layers:
-        take_branch_off(layer)
+        put_in_place_of(model, layer, take_branch_off(layer))
     for parameter in wanted_grad:
         parameter.requires_grad_(True)

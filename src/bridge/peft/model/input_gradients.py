@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bridge.peft.model.weight_reads import source_mentions
+from bridge.peft.parallel.megatron import is_transformer_block
 
 #: Inputs of a model that are not activations: a mask that wants a gradient takes slower kernels.
 _NOT_ACTIVATIONS = ("mask", "label")
@@ -33,11 +34,20 @@ def let_inputs_require_grad(model: nn.Module) -> None:
     model.register_forward_pre_hook(hooks.find_wrapped_blocks)
     if hooks.switches:
         model.register_forward_pre_hook(hooks.of_inputs, with_kwargs=True)
-    elif not any(source_mentions(type(m), "checkpoint") for m in model.modules()):
+    elif blocks := [m for m in model.modules() if is_transformer_block(type(m))]:
+        for block in blocks:  # not its embeddings, whose backward would communicate for nothing
+            block.register_forward_pre_hook(hooks.of_megatron_layers, with_kwargs=True)
+        return
+    elif not any(source_mentions(cls, "checkpoint") for cls in _own_classes(model)):
         return
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.register_forward_hook(hooks.of_embedding)
+
+
+def _own_classes(model: nn.Module) -> set[type[nn.Module]]:
+    """The classes of a model's modules, of adapted ones those from before."""
+    return {getattr(type(module), "base_type", type(module)) for module in model.modules()}
 
 
 class _Hooks:
@@ -56,10 +66,10 @@ class _Hooks:
         for block in self._model.modules():
             if isinstance(block, library.CheckpointWrapper):
                 reentrant = block.checkpoint_impl == library.CheckpointImpl.REENTRANT
-                if reentrant and self.of_block not in block._forward_pre_hooks.values():
-                    block.register_forward_pre_hook(self.of_block, with_kwargs=True)
+                if reentrant and self.of_wrapped_block not in block._forward_pre_hooks.values():
+                    block.register_forward_pre_hook(self.of_wrapped_block, with_kwargs=True)
 
-    def of_block(self, block: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def of_wrapped_block(self, block: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Replace the floating inputs of a checkpointed block, where needed."""
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         if not self._trains() or any(x.requires_grad for x in tensors):
@@ -75,6 +85,17 @@ class _Hooks:
     def of_embedding(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Replace an embedding's output, where needed."""
         return _wanting_grad(output) if self._are_needed() else None
+
+    def of_megatron_layers(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Replace the first input of Megatron's layers, where they are recomputed in backward."""
+        config: Any = module.config
+        if config.recompute_granularity is None or not self._are_needed():
+            return None
+        if args:
+            return (_wanting_grad(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": _wanting_grad(kwargs["hidden_states"])}
 
     def _are_needed(self) -> bool:
         if self.switches and not any(_is_reentrant(module) for module in self.switches):

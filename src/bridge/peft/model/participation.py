@@ -6,6 +6,7 @@ replace an adapted linear, or cast its A and B. None of that fails by itself.
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Mapping
@@ -24,6 +25,8 @@ from bridge.peft.parallel.fsdp import sharded_modules
 from bridge.peft.tensors import is_plain
 
 _RECORD = "adapted_fqns"
+#: The end of the file that holds Megatron's own checkpoint function.
+_MEGATRON_CHECKPOINT = os.path.join("megatron", "core", "tensor_parallel", "random.py")
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
@@ -232,7 +235,8 @@ def _in_checkpoint() -> bool:
     """Whether this is the first pass of a reentrant checkpoint, whose second pass has gradients."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        if frame.f_code.co_filename == checkpoint.__code__.co_filename:
+        file = frame.f_code.co_filename
+        if file == checkpoint.__code__.co_filename or file.endswith(_MEGATRON_CHECKPOINT):
             return True
         frame = frame.f_back
     return False

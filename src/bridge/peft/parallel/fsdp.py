@@ -86,12 +86,18 @@ def check_can_join(model: nn.Module, modules: Iterable[nn.Module]) -> None:
         modules: Modules of it.
 
     Raises:
-        AdapterError: This version of torch is not known to work so, or manages nothing there.
+        AdapterError: This version of torch is not known to work so, or manages nothing there, or
+            the `fully_shard` that manages them is above the model.
     """
     owners = _owners(model)
-    for owner in {owners[module] for module in modules}:
-        if owner is not None:
+    for module in modules:
+        if (owner := owners[module]) is not None:
             _group(owner)
+        elif is_managed(module):
+            raise AdapterError(
+                f"fully_shard was called on a module above the {type(model).__name__} that is to "
+                "be adapted, which has to take up A and B; pass the whole model"
+            )
 
 
 def join(model: nn.Module, places: Sequence[Place]) -> None:

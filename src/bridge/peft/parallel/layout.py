@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from bridge.peft.errors import UnsupportedLinearError
+from bridge.peft.parallel.megatron import is_split_by_megatron
 from bridge.peft.tensors import is_sharded
 
 if TYPE_CHECKING:
@@ -123,7 +124,8 @@ def agreed_seed(model: nn.Module, seed: int) -> int:
         model: The model; every rank must call if it is sharded.
         seed: This rank's own.
     """
-    if not any(map(is_sharded, model.parameters())):
+    is_split = any(map(is_sharded, model.parameters())) or is_split_by_megatron(model)
+    if not is_split:
         return seed
     agreed: list[Any] = [seed]
     torch.distributed.broadcast_object_list(agreed)

@@ -18,7 +18,6 @@ from bridge.peft.formats.peft.names import choose_targets
 from bridge.peft.formats.peft.saved_whole import whole_of
 from bridge.peft.model.participation import check_still_adapted
 from bridge.peft.model.walk import adapted_modules, base_modules, output_head, some_names, unwrap
-from bridge.peft.tensors import full_tensor
 from bridge.peft.version import __version__
 
 
@@ -58,10 +57,7 @@ def adapter_of(model: nn.Module) -> AdapterFile:
         task_type=_task_type(root),
         **whole_fields,
     )
-    tensors = {
-        fqn: (full_tensor(layer.lora_a.weight), full_tensor(layer.lora_b.weight))
-        for fqn, layer in layers.items()
-    }
+    tensors = {fqn: (layer.lora_a.whole(), layer.lora_b.whole()) for fqn, layer in layers.items()}
     return AdapterFile(config=config, tensors=tensors, extra=extra, whole=whole)
 
 

@@ -21,7 +21,7 @@ from bridge.peft.model.adapt import Planned, adapt_in_place, check_can_be_adapte
 from bridge.peft.model.trained_parameters import check_can_be_replaced, replace_parameters
 from bridge.peft.model.walk import adapted_modules, unwrap
 from bridge.peft.parallel.fsdp import reshard
-from bridge.peft.tensors import is_sharded, sharded_like
+from bridge.peft.tensors import is_sharded
 
 
 def save_adapter(model: nn.Module, directory: str | Path) -> Path:
@@ -45,9 +45,9 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
     """
     reshard(unwrap(model))
     adapter = adapter_of(model)
-    parameters = [p for _, m in adapted_modules(model) for p in m.adapter_parameters().values()]
-    parameters += [p for _, p in parameters_saved_whole(unwrap(model)).values()]
-    if not any(map(is_sharded, parameters)):
+    whole = [p for _, p in parameters_saved_whole(unwrap(model)).values()]
+    layers = [m for _, m in adapted_modules(model) if isinstance(m, LoRAMixin)]
+    if not any(layer.is_sharded for layer in layers) and not any(map(is_sharded, whole)):
         return write_adapter(adapter, directory)
     failure: list[AdapterError | None] = [None]
     if torch.distributed.get_rank() == 0:
@@ -110,8 +110,8 @@ def load_adapter(
 def _set_values(values: list[tuple[nn.Module, Tensor, Tensor]]) -> None:
     for module, a, b in values:
         assert isinstance(module, LoRAMixin)
-        for matrix, whole in ((module.lora_a, a), (module.lora_b, b)):
-            matrix.weight.copy_(sharded_like(whole.to(matrix.weight.dtype), matrix.weight))
+        module.lora_a.set_whole(a)
+        module.lora_b.set_whole(b)
 
 
 def _check_base(adapter: AdapterFile, modules: dict[str, nn.Module], strict: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import nn
@@ -31,7 +32,8 @@ class FollowsSharding(nn.Module):
     @property
     def _distribute_module_applied(self) -> bool:
         applied = is_distributed(self)
-        if not applied:
+        # others look at every attribute (torch.jit.trace, inspect), and must not change the module
+        if not applied and sys._getframe(1).f_code.co_name == "distribute_module":
             aside = {name: self._modules.pop(name) for name in _CHILDREN if name in self._modules}
             vars(self)[_ASIDE] = aside
         return applied

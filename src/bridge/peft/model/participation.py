@@ -22,7 +22,7 @@ from bridge.peft.dtypes import dtype_name
 from bridge.peft.errors import AdapterError
 from bridge.peft.model.walk import adapted_modules, some_names
 from bridge.peft.parallel.fsdp import sharded_modules
-from bridge.peft.tensors import is_plain
+from bridge.peft.tensors import is_plain, is_sharded
 
 _RECORD = "adapted_fqns"
 #: The end of the file that holds Megatron's own checkpoint function.
@@ -87,6 +87,7 @@ class Watch:
         self._buffers: dict[str, int] = {}
         self._wants_grad = False
         self._untrainable: list[str] = []
+        self._frozen = {fqn for fqn, p in model.named_parameters() if not p.requires_grad}
         self._holders = {layer: _holder(model, fqn) for fqn, layer in layers.items()}
         self._handles = [
             holder.register_forward_pre_hook(self._saw)
@@ -132,6 +133,7 @@ class Watch:
             )
         self._warn_written()
         self._warn_buffers(model)
+        self._warn_unfrozen(model)
         self._warn_cast(model)
 
     def stop(self) -> None:
@@ -157,6 +159,22 @@ class Watch:
                 f"{some_names(names)}: training changes their buffers (running statistics), which "
                 "belong to the base and are not saved with the adapter; call .eval() on them after "
                 "model.train()",
+                stacklevel=2,
+            )
+
+    def _warn_unfrozen(self, model: nn.Module) -> None:
+        # torch's SequenceParallel puts new parameters in the place of a norm's, and forgets this;
+        # one that is whole was unfrozen by the user
+        unfrozen = [
+            fqn
+            for fqn, p in model.named_parameters()
+            if p.requires_grad and fqn in self._frozen and is_sharded(p)
+        ]
+        if unfrozen:
+            warnings.warn(
+                f"{some_names(unfrozen)}: frozen by the recipe, and trainable since the model was "
+                "sharded; call .requires_grad_(False) on them and make the optimizer again, or "
+                "shard the model first and adapt it then",
                 stacklevel=2,
             )
 

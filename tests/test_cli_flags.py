@@ -28,6 +28,8 @@ LORA_FLAGS = [
     "--rank-pattern",
     "--alpha-pattern",
     "--use-rslora",
+    "--use-dora",
+    "--freeze-a",
     "--modules-to-train",
 ]
 LAYOUT_FLAGS = [

@@ -102,8 +102,9 @@ def patch_in_place(
 
 def _check_takes(kind: type[LoRAMixin], module: nn.Module, options: BranchOptions) -> None:
     """Raise unless a kind can do what the options ask for beside W x + s · B A x."""
-    asked = "use_dora" if options.use_dora else f"lora_A_init_method={options.lora_A_init_method!r}"
-    if not kind.takes_functions and (options.use_dora or is_start(options.lora_A_init_method)):
+    method = options.lora_A_init_method
+    asked = "use_dora" if options.use_dora else f"lora_A_init_method={method!r}"
+    if not kind.takes_functions and (options.use_dora or is_start(method)):
         raise UnsupportedLinearError(
             f"cannot adapt {type(module).__name__} with {asked}, which is for linears; leave it out "
             "with exclude_modules"

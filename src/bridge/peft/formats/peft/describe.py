@@ -110,7 +110,7 @@ def _magnitudes(layers: dict[str, LoRAMixin]) -> dict[str, Tensor]:
             f"the magnitude of {unset[0]} (DoRA) has no values; load the base weights, or call "
             "reset_magnitude() of the layer"
         )
-    return {fqn: full_tensor(magnitude.weight) for fqn, magnitude in found.items()}
+    return {fqn: m for fqn, layer in layers.items() if (m := layer.whole_magnitude()) is not None}
 
 
 def _warn_of_read(layers: dict[str, LoRAMixin], head: nn.Module | None) -> None:

@@ -46,6 +46,7 @@ TRAINING_FLAGS = [
     "--schedule",
     "--warmup",
     "--weight-decay",
+    "--lora-plus-ratio",
     "--max-grad-norm",
     "--epochs",
     "--steps",

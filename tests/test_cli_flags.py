@@ -28,6 +28,8 @@ LORA_FLAGS = [
     "--rank-pattern",
     "--alpha-pattern",
     "--use-rslora",
+    "--use-dora",
+    "--freeze-a",
     "--modules-to-train",
 ]
 LAYOUT_FLAGS = [
@@ -44,6 +46,7 @@ TRAINING_FLAGS = [
     "--schedule",
     "--warmup",
     "--weight-decay",
+    "--lora-plus-ratio",
     "--max-grad-norm",
     "--epochs",
     "--steps",

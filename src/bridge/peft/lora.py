@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from bridge.peft.branch.functions.starts import is_subtracted
 from bridge.peft.branch.initializers import derive_seed
 from bridge.peft.branch.kinds.read_linear import READ
 from bridge.peft.branch.options import (
@@ -60,12 +61,17 @@ class LoRA:
         alpha: Scaling numerator; `scale = alpha / dim`.
         dropout: Probability in [0, 1) that an element of the branch is dropped in training.
         dropout_position: `"pre"` (on the branch's input) or `"post"` (on its output).
-        lora_A_init_method: `"xavier"` or `"uniform"`.
+        lora_A_init_method: `"xavier"` or `"uniform"`, with B = 0; or a start of A and B together:
+            `"orthogonal"`, or out of the base's weight `"olora"`, `"pissa"`, `"pissa_niter_4"`.
         lora_dtype: Dtype of A and B; None takes float32 over half-precision and quantised bases,
             else the base weight's.
         rank_pattern: Ranks for some modules, by entry; the first that matches counts.
         alpha_pattern: Alphas for some modules, likewise.
         use_rslora: `scale = alpha / sqrt(dim)`.
+        use_dora: Train the magnitudes of the weight's rows too, and their direction by A and B
+            (Liu et al., 2024, arXiv:2402.09353).
+        freeze_a: Train B alone and leave A as it was drawn (LoRA-FA, Zhang et al., 2023,
+            arXiv:2308.03303); backward then needs no input of the adapted layers.
         modules_to_train: Entries of modules to train in full beside the branches, and to save
             with them: a new head, resized embeddings (PEFT's `modules_to_save`).
         seed: A depends on (seed, FQN) alone; None draws the seed from torch's default generator.
@@ -85,6 +91,8 @@ class LoRA:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
+    use_dora: bool = False
+    freeze_a: bool = False
     modules_to_train: Sequence[str] = ()
     seed: int | None = None
 
@@ -107,8 +115,9 @@ class LoRA:
             _check_entry("a pattern", key)
         if self.seed is not None and (not isinstance(self.seed, int) or self.seed < 0):
             raise AdapterError(f"seed must be an integer >= 0 or None, got {self.seed!r}")
-        if not isinstance(self.use_rslora, bool):
-            raise AdapterError(f"use_rslora must be True or False, got {self.use_rslora!r}")
+        for name in ("use_rslora", "use_dora", "freeze_a"):
+            if not isinstance(flag := getattr(self, name), bool):
+                raise AdapterError(f"{name} must be True or False, got {flag!r}")
         self._options(self.dim, self.alpha, self.lora_dtype)
 
     def options_for(self, candidate: Candidate) -> BranchOptions:
@@ -130,6 +139,8 @@ class LoRA:
             lora_A_init_method=self.lora_A_init_method,
             lora_dtype=lora_dtype,
             use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+            freeze_a=self.freeze_a,
         )
 
     def plan(self, model: nn.Module) -> Plan:
@@ -252,6 +263,9 @@ class LoRA:
             dim=options.dim,
             alpha=options.alpha,
             scale=options.scale,
+            subtracts=is_subtracted(options.lora_A_init_method),
+            trains_a=not options.freeze_a,
+            magnitudes=n_out if options.use_dora else 0,
             dtype=options.resolve_dtype(weight.dtype),
             path=path.name,
             reason=path.reason,

@@ -31,6 +31,9 @@ class PlanRow:
         dtype: Dtype of A and B.
         path: Which path computes the layer.
         reason: Why that path.
+        magnitudes: Rows whose magnitude DoRA trains; 0 without it.
+        subtracts: Whether a frozen start is subtracted from the branch (PiSSA, OLoRA).
+        trains_a: False where A stays as it was drawn (LoRA-FA).
     """
 
     fqn: str
@@ -43,16 +46,32 @@ class PlanRow:
     dtype: torch.dtype
     path: str
     reason: str
+    magnitudes: int = 0
+    trains_a: bool = True
+    subtracts: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of A and B together, of the start that is subtracted, and of DoRA's m."""
+        return self._products + self.magnitudes
+
+    @property
+    def _products(self) -> int:
+        return (1 + self.subtracts) * self.dim * (self.in_features + self.out_features)
 
     @property
     def trainable(self) -> int:
-        """Parameters of A and B together."""
-        return self.dim * (self.in_features + self.out_features)
+        """Those that are trained: all but the start, and A where it is frozen."""
+        of_a = self.dim * self.in_features if self.trains_a else 0
+        return of_a + self.dim * self.out_features + self.magnitudes
 
     @property
     def flops_per_token(self) -> int:
-        """Multiplications and additions that the branch adds to one token's forward."""
-        return 2 * self.trainable
+        """Multiplications and additions that the branch adds to one token's forward.
+
+        DoRA's rescaling counts as one for each element; its norms are not for each token.
+        """
+        return 2 * self._products + self.magnitudes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +111,14 @@ class Plan:
 
     @property
     def trainable(self) -> int:
-        """Trainable parameters: A and B, and the modules trained in full."""
-        return self._adapter_parameters + sum(row.parameters for row in self.trained_in_full)
+        """Trainable parameters: of the branches, and the modules trained in full."""
+        return sum(row.trainable for row in self.rows) + sum(
+            row.parameters for row in self.trained_in_full
+        )
 
     @property
     def _adapter_parameters(self) -> int:
-        return sum(row.trainable for row in self.rows)
+        return sum(row.parameters for row in self.rows)
 
     @property
     def share(self) -> float:
@@ -107,7 +128,7 @@ class Plan:
     @property
     def adapter_file_bytes(self) -> int:
         """Size of the tensors in `adapter_model.safetensors`, in bytes; its header comes on top."""
-        return sum(row.trainable * row.dtype.itemsize for row in self.rows) + self._full_bytes
+        return sum(row.parameters * row.dtype.itemsize for row in self.rows) + self._full_bytes
 
     @property
     def _full_bytes(self) -> int:
@@ -116,7 +137,8 @@ class Plan:
     @property
     def optimizer_bytes(self) -> int:
         """AdamW's two moments, in bytes, in the dtype of A and B."""
-        return 2 * self.adapter_file_bytes
+        trained = sum(row.trainable * row.dtype.itemsize for row in self.rows)
+        return 2 * (trained + self._full_bytes)
 
     @property
     def flops_per_token(self) -> int:

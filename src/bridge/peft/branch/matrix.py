@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import Placement
 
 
+#: The `init_method` of a matrix whose values come from elsewhere: a weight, a file.
+GIVEN = "given"
+
+
 class LoRAMatrix(nn.Module):
     """One of the two matrices of a branch, with the one method that may reset it.
 
@@ -28,7 +32,7 @@ class LoRAMatrix(nn.Module):
 
     Attributes:
         weight: (out_features, in_features), trainable.
-        init_method: `"xavier"`, `"uniform"` or `"zeros"`.
+        init_method: `"xavier"`, `"uniform"`, `"zeros"`, or `GIVEN`.
         seed: Seed of the draw; None uses torch's default CPU generator.
 
     Args:
@@ -63,7 +67,11 @@ class LoRAMatrix(nn.Module):
                 self.weight.copy_(values)
 
     def reset_parameters(self) -> None:
-        """Draw the initial values again (zero for B), in place."""
+        """Draw the initial values again (zero for B), in place; NaN where they were not drawn."""
+        if self.init_method == GIVEN:
+            with torch.no_grad():
+                self.weight.fill_(torch.nan)
+            return
         initialize(self.weight, self.init_method, self.seed)
 
     def place(self, mesh: DeviceMesh, placement: Placement, *, alike: bool) -> None:

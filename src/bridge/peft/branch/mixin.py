@@ -7,22 +7,37 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.parameter import UninitializedParameter
 
-from bridge.peft.branch.matrix import LoRAMatrix
+from bridge.peft.branch.functions.dora import LoRAMagnitude
+from bridge.peft.branch.functions.starts import (
+    LoRAStart,
+    is_start,
+    is_subtracted,
+    joined,
+    split,
+    start_of,
+)
+from bridge.peft.branch.matrix import GIVEN, LoRAMatrix
 from bridge.peft.branch.options import BranchOptions, DropoutPosition, InitMethod
 from bridge.peft.branch.untouched import check_untouched, foreign_patch
 from bridge.peft.errors import UnsupportedLinearError
-from bridge.peft.ops.dispatch import ComputePath, choose_path, lora_add
+from bridge.peft.ops.dispatch import ComputePath, choose_path, lora_add, project
+from bridge.peft.ops.magnitude import row_norms, row_squares
 from bridge.peft.ops.reference import add_in_base_dtype
 from bridge.peft.parallel.fsdp import is_data_parallel
 from bridge.peft.parallel.shard import Shard
 from bridge.peft.parallel.tensor import add_sharded_branch
-from bridge.peft.tensors import is_plain, is_sharded
+from bridge.peft.tensors import dense, full_tensor, is_plain, is_sharded
 
-#: What a branch starts from: a seed for A, the values of A and B, or torch's default generator.
-Start = int | tuple[Tensor, Tensor] | None
-_LORA_KEYS = ("lora_a.weight", "lora_b.weight")
+#: What a branch starts from: a seed for A, the values of A and B (and of DoRA's magnitude), or
+#: torch's default generator.
+Start = int | tuple[Tensor, ...] | None
+_LORA_KEYS = (
+    *("lora_a.weight", "lora_b.weight", "lora_magnitude.weight"),
+    *("lora_start.a", "lora_start.b"),
+)
 
 
 class LoRAMixin(nn.Module):
@@ -41,6 +56,8 @@ class LoRAMixin(nn.Module):
         dropout: An `nn.Dropout`: its `p` and `training` are what the branch uses.
         lora_a: A, `weight` of shape (dim, in_features).
         lora_b: B, `weight` of shape (out_features, dim).
+        lora_start: A0 and B0, frozen, which are subtracted; of some initialisations only.
+        lora_magnitude: DoRA's m, `weight` of shape (out_features,), with `use_dora` only.
         adapter_enabled: False while the branch is switched off; see `disable_adapters`.
         merged: True while the branch is folded into the base weight; see `merge`.
         unmerged_weight: The base weight from before the merge, on the CPU, if it was kept.
@@ -72,6 +89,8 @@ class LoRAMixin(nn.Module):
     transposed: ClassVar[bool] = False
     #: True if the kind stands in its base's place and holds it, instead of patching it in place.
     wraps: ClassVar[bool] = False
+    #: Whether a branch on this kind can be DoRA's, or start from the weight.
+    takes_functions: ClassVar[bool] = False
     #: The name of the base's input, by which it may be passed too.
     input_name: ClassVar[str] = "input"
 
@@ -205,9 +224,86 @@ class LoRAMixin(nn.Module):
     def _add_branch(self, base_out: Tensor, x: Tensor) -> Tensor:
         if self.has_hooks_on_a_or_b():
             return self._add_branch_by_calls(base_out, x)
-        a, b = self.lora_a.weight, self.lora_b.weight
+        a, b = self.factors()
         add = add_sharded_branch if is_sharded(a) else lora_add
-        return add(base_out, x, a, b, self.scale, self.dropout_now(), self.dropout_position)  # pyright: ignore
+        drop = self.dropout_now(), self.dropout_position
+        return self.finished(add(base_out, x, a, b, self.scale, *drop), a, b)  # pyright: ignore
+
+    def finished(self, out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """What the branch's function makes of `W x + b + s · B A x`: DoRA rescales its rows.
+
+        Args:
+            out: (..., out_features).
+            a: A, (dim, in_features).
+            b: B, (out_features, dim).
+        """
+        magnitude = self.magnitude
+        if magnitude is None:
+            return out
+        return magnitude(out, magnitude.norm(self, a, b, self.scale), self.bias_in_output())
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B of the update `B A`: with a start that is subtracted, of twice the rank."""
+        start = self.start
+        return joined(
+            self.lora_a.weight, self.lora_b.weight, None if start is None else (start.a, start.b)
+        )
+
+    def whole_factors(self) -> tuple[Tensor, Tensor]:
+        """As `factors`, detached, and gathered where they are sharded: every rank must call."""
+        start = self.start
+        return joined(
+            self.lora_a.whole(),
+            self.lora_b.whole(),
+            None if start is None else (full_tensor(start.a), full_tensor(start.b)),
+        )
+
+    def whole_magnitude(self) -> Tensor | None:
+        """DoRA's magnitude, if there is one, gathered likewise: (out_features,)."""
+        return None if self.magnitude is None else full_tensor(self.magnitude.weight)
+
+    @property
+    def start(self) -> LoRAStart | None:
+        """What is subtracted from the branch, if anything is."""
+        return self._modules.get("lora_start")  # pyright: ignore[reportReturnType]
+
+    def set_start(self, seed: int | None) -> None:
+        """Take A and B out of the base's weight, as the options say, in place.
+
+        Args:
+            seed: Seed of what is drawn; None uses torch's default CPU generator.
+        """
+        method = self.branch_options.lora_A_init_method
+        a, b = start_of(method, self.dense_weight(), self.dim, self.scale, seed)
+        with torch.no_grad():
+            self.lora_a.weight.copy_(a)
+            self.lora_b.weight.copy_(b)
+        if is_subtracted(method):
+            self.lora_start = LoRAStart(self.lora_a.weight, self.lora_b.weight)
+
+    @property
+    def magnitude(self) -> LoRAMagnitude | None:
+        """DoRA's magnitude, if the branch has one."""
+        return self._modules.get("lora_magnitude")  # pyright: ignore[reportReturnType]
+
+    def reset_magnitude(self) -> None:
+        """Set DoRA's magnitude to |W + s · B A|, in place: the output is then that without DoRA.
+
+        A sharded layer is gathered, so with those every rank must call.
+        """
+        if self.magnitude is None or self.base_weight.is_meta:
+            return
+        self.weight_was_written()
+        if not is_sharded(self.base_weight):
+            norm = self.magnitude.norm(self, *self.factors(), self.scale)
+        else:
+            weight, (a, b) = full_tensor(self.dense_weight()), self.whole_factors()
+            norm = row_norms(row_squares(weight), project(weight, a), a, b, self.scale)
+        self.magnitude.set_to(norm)
+
+    def bias_in_output(self) -> Tensor | None:
+        """The bias that the base's result holds, (out_features,), or None."""
+        return getattr(self, "bias", None)
 
     def has_hooks_on_a_or_b(self) -> bool:
         """Whether something waits for calls of A or B: offloading, parameters gathered late."""
@@ -217,8 +313,22 @@ class LoRAMixin(nn.Module):
         """The plain formula by calls of A and B, so that hooks on them can bring their weights."""
         dtype, pre = self.branch_dtype, self.dropout_position == "pre"
         x = x.to(dtype)
-        branch = self.lora_b(self.lora_a(self.dropout(x) if pre else x) * self.scale)
-        return add_in_base_dtype(base_out, branch if pre else self.dropout(branch))
+        x = self.dropout(x) if pre else x
+        branch = self.lora_b(self.lora_a(x) * self.scale)
+        if self.start is not None:
+            start_a, start_b = self.start()
+            branch = branch - F.linear(F.linear(x, start_a) * self.scale, start_b)
+        out = add_in_base_dtype(base_out, branch if pre else self.dropout(branch))
+        return out if self.magnitude is None else self.finished(out, *self.called_a_and_b())
+
+    def called_a_and_b(self) -> tuple[Tensor, Tensor]:
+        """A and B by calls of them, for hooks that bring their weights."""
+        options: dict[str, Any] = {"dtype": self.branch_dtype, "device": self.base_weight.device}
+        n_in = self.features(self)[0]
+        with torch.no_grad():
+            a = self.lora_a(torch.eye(n_in, **options)).t()
+            b = self.lora_b(torch.eye(self.dim, **options)).t()
+            return joined(a, b, None if self.start is None else self.start())
 
     @property
     def branch_dtype(self) -> torch.dtype:
@@ -231,13 +341,13 @@ class LoRAMixin(nn.Module):
 
     def lora_path(self) -> ComputePath:
         """Say which path computes this layer, and why."""
-        trains = self.lora_a.weight.requires_grad and self.lora_b.weight.requires_grad
+        trains = self.lora_b.weight.requires_grad
         tensors = (self.base_weight, self.lora_a.weight, self.lora_b.weight)
         # what is sharded is computed on this rank's plain tensors
         weight, a, b = (t.to_local() if is_sharded(t) else t for t in tensors)  # pyright: ignore
         plain = self.plain_forward and is_plain(weight)
         known = (weight, a, b) if plain else (a, b)
-        return choose_path(*known, plain_linear=plain, trains_a_and_b=trains)
+        return choose_path(*known, plain_linear=plain, trains_b=trains)
 
     def has_plain_base(self) -> bool:
         """Whether the base computes `F.linear` on plain tensors, not on a tensor subclass."""
@@ -267,16 +377,29 @@ class LoRAMixin(nn.Module):
         own = self._parameters.get("weight")
         return self.weight if own is None else own  # pyright: ignore[reportReturnType]
 
+    def dense_weight(self) -> Tensor:
+        """The weight that the base computes with: (out_features, in_features), floating, frozen."""
+        scales = getattr(getattr(self, "state", None), "SCB", None)
+        return self.oriented(dense(self.base_weight, scales).detach())
+
     def weight_was_written(self) -> None:
         """Called after the base's weight was written in place: forget what was made from it."""
+        if self.magnitude is not None:
+            self.magnitude.forget()
 
     def whole_parameters(self) -> dict[str, Tensor]:
-        """A and B, whole and detached, under their names below this module; may be a collective."""
-        return {"lora_a.weight": self.lora_a.whole(), "lora_b.weight": self.lora_b.whole()}
+        """As `adapter_parameters`, whole and detached; may be a collective."""
+        own = {"lora_a.weight": self.lora_a.whole(), "lora_b.weight": self.lora_b.whole()}
+        others = self.adapter_parameters()
+        return own | {name: full_tensor(p) for name, p in others.items() if name not in own}
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """A and B under their names below this module."""
-        return {"lora_a.weight": self.lora_a.weight, "lora_b.weight": self.lora_b.weight}
+        """A, B, what is subtracted, and DoRA's magnitude, under their names below this module."""
+        own = {"lora_a.weight": self.lora_a.weight, "lora_b.weight": self.lora_b.weight}
+        if (start := self.start) is not None:
+            own |= {"lora_start.a": start.a, "lora_start.b": start.b}
+        magnitude = self.magnitude
+        return own if magnitude is None else own | {"lora_magnitude.weight": magnitude.weight}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As `nn.Module.state_dict`; while merged without A and B, which the weight then holds."""
@@ -297,17 +420,32 @@ class LoRAMixin(nn.Module):
                 "doubled by unmerge; call unmerge(model) first"
             )
             return
+        follows = self._magnitude_is_the_base_s() and f"{prefix}weight" in state_dict
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._follow_base_off_meta()
+        self.weight_was_written()
+        if follows and self.magnitude is not None and not self.base_weight.is_meta:
+            self.magnitude.set_to(row_squares(self.dense_weight()).sqrt())
+
+    def _magnitude_is_the_base_s(self) -> bool:
+        """Whether DoRA's magnitude is still |W|, or has no values yet, so that it follows W."""
+        magnitude, weight = self.magnitude, self.base_weight
+        if magnitude is None or not magnitude.is_set:
+            return magnitude is not None
+        if weight.is_meta or is_sharded(weight) or is_sharded(magnitude.weight):
+            return False
+        squares = row_squares(self.dense_weight())
+        start = squares.sqrt().to(magnitude.weight)
+        return torch.equal(start, magnitude.weight) and not bool(self.lora_b.weight.any())
 
     def _follow_base_off_meta(self) -> None:
         """Materialise A and B when loading with `assign=True` has materialised the base."""
         weight = getattr(self, "weight", None)
         if weight is None or weight.device.type == "meta":
             return
-        for matrix in (self.lora_a, self.lora_b):
-            if matrix.weight.device.type == "meta":
-                matrix.to_empty(device=weight.device)
+        for part in (self.lora_a, self.lora_b, self.start, self.magnitude):
+            if part is not None and next(part.parameters()).device.type == "meta":
+                part.to_empty(device=weight.device)
 
     def extra_repr(self) -> str:
         """What `print(module)` shows."""
@@ -325,17 +463,31 @@ class LoRAMixin(nn.Module):
             "device": weight.device,
             "dtype": options.resolve_dtype(weight.dtype),
         }
-        seed, (a, b) = (None, start) if isinstance(start, tuple) else (start, (None, None))
+        seed, values = (None, start) if isinstance(start, tuple) else (start, (None, None))
+        a, b, *magnitude = values
+        start = None
+        if a is not None and b is not None and is_subtracted(options.lora_A_init_method):
+            (a, b), start = split(a, b)
         n_in, n_out = cls.features(module)
-        method = options.lora_A_init_method
+        method, of_b = options.lora_A_init_method, "zeros"
+        if is_start(method):
+            method = of_b = GIVEN
         lora_a = LoRAMatrix(n_in, options.dim, method, seed=seed, values=a, **placed)
-        lora_b = LoRAMatrix(options.dim, n_out, "zeros", values=b, **placed)
+        lora_b = LoRAMatrix(options.dim, n_out, of_b, values=b, **placed)
         module.requires_grad_(False)
         for name, value in branch_settings(options).items():
             setattr(module, name, value)
         module.dropout, module.lora_a, module.lora_b = nn.Dropout(options.dropout), lora_a, lora_b
         for child in (module.dropout, lora_a, lora_b):
             child.train(module.training)
+        lora_a.requires_grad_(not options.freeze_a)
+        if start is not None:
+            module.lora_start = LoRAStart(*(t.to(**placed) for t in start))
+        if options.use_dora:
+            module.lora_magnitude = LoRAMagnitude(n_out, **placed)
+            module.lora_magnitude.train(module.training)
+            for values in magnitude:
+                module.lora_magnitude.set_to(values)
 
     @staticmethod
     def _init_adapter(
@@ -378,4 +530,7 @@ def branch_settings(options: BranchOptions) -> dict[str, Any]:
 
 
 #: What a branch adds to a module, which must be free before.
-BRANCH_ATTRIBUTES = (*branch_settings(BranchOptions()), "dropout", "lora_a", "lora_b")
+BRANCH_ATTRIBUTES = (
+    *branch_settings(BranchOptions()),
+    *("dropout", "lora_a", "lora_b", "lora_start", "lora_magnitude"),
+)

@@ -7,7 +7,7 @@ same storage; gradients come from `torch.autograd.grad`, so no `.grad` is touche
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +27,7 @@ from bridge.peft.merging.in_memory import merge_weight
 from bridge.peft.merging.report import LOST
 from bridge.peft.model.disable import disable_adapters
 from bridge.peft.model.participation import Watch
+from bridge.peft.ops.magnitude import row_squares
 from bridge.peft.parallel.fsdp import sharded_modules
 from bridge.peft.tensors import all_finite, is_plain, is_sharded
 
@@ -68,13 +69,22 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _b_set_to(layers: Layers, value: str) -> Iterator[None]:
-    """Within the context every B is zero or random; afterwards the same tensors are back."""
+    """Within the context every B is zero or random; afterwards the same tensors are back.
+
+    DoRA's magnitudes are those of a fresh adapter.
+    """
     weights = [layer.lora_b.weight for layer in layers.values()]
+    magnitudes = [m for layer in layers.values() if (m := layer.magnitude) is not None]
+    weights += [m.weight for m in magnitudes]
+    weights += [layer.start.b for layer in layers.values() if layer.start is not None]
     kept = [weight.data for weight in weights]
     try:
         for weight in weights:
             zeros = torch.zeros_like(weight.data)
             weight.data = zeros if value == "zero" else zeros.normal_(std=0.02)
+        for layer in layers.values():
+            if layer.magnitude is not None:
+                layer.magnitude.set_to(row_squares(layer.dense_weight()).sqrt())
         yield
     finally:
         for weight, data in zip(weights, kept, strict=True):
@@ -84,7 +94,7 @@ def _b_set_to(layers: Layers, value: str) -> Iterator[None]:
 def _frozen(model: nn.Module, layers: Layers) -> Check:
     name = "what is trained"
     own = {id(p) for layer in layers.values() for p in layer.adapter_parameters().values()}
-    idle = [f for f, m in layers.items() if not all(p.requires_grad for p in _ab(m))]
+    idle = [f for f, m in layers.items() if not all(p.requires_grad for p in _trained(m))]
     if idle:
         fix = "requires_grad_(True) on lora_a and lora_b of these modules"
         return Check(name, "fail", f"A or B is frozen in {some(idle, len(layers))}", fix)
@@ -148,9 +158,10 @@ def _gradients(layers: Layers) -> Check:
     with torch.enable_grad(), _b_set_to(layers, "random"):
         for fqn, layer in layers.items():
             loss = _first(layer(_input(layer))).float().square().sum()
-            trained = all(p.requires_grad for p in _ab(layer)) and loss.requires_grad
+            wanted = _trained(layer)
+            trained = all(p.requires_grad for p in wanted) and loss.requires_grad
             if not trained or not _all_reached(
-                torch.autograd.grad(loss, _ab(layer), allow_unused=True)
+                torch.autograd.grad(loss, wanted, allow_unused=True)
             ):
                 missing.append(fqn)
     fix, good = "its forward is bypassed or detached", f"reach A and B of all {len(layers)} modules"
@@ -162,7 +173,7 @@ def _all_of_the_model(model: nn.Module, layers: Layers, inputs: Mapping[str, Any
     name = "forward and backward of the model"
     if inputs is None and not hasattr(model, "config"):
         return Check(name, "skip", "no model of transformers: pass doctor(model, inputs={…})")
-    weights = [p for layer in layers.values() for p in _ab(layer) if p.requires_grad]
+    weights = [p for layer in layers.values() for p in _trained(layer) if p.requires_grad]
     try:
         inputs = sample_inputs(model) if inputs is None else inputs
         with_branches, base, gradients = _runs(model, layers, inputs, weights)
@@ -174,7 +185,7 @@ def _all_of_the_model(model: nn.Module, layers: Layers, inputs: Mapping[str, Any
         fix = "a replaced parameter or a hook differs between the two; see disable_adapters"
         return Check(name, "fail", "with B = 0 the output is not the disabled model's", fix)
     reached = {id(p) for p, g in zip(weights, gradients, strict=True) if _all_reached([g])}
-    missing = [f for f, m in layers.items() if not all(id(p) in reached for p in _ab(m))]
+    missing = [f for f, m in layers.items() if not all(id(p) in reached for p in _trained(m))]
     if bypassed := [fqn for fqn in missing if layers[fqn].bypassed]:
         detail = f"never called, though the module around it ran: {some(bypassed, len(layers))}"
         return Check(name, "fail", detail, "leave them out of target_modules: exclude_modules")
@@ -213,14 +224,20 @@ def _save_and_load(model: nn.Module, layers: Layers) -> Check:
             again = read_adapter(write_adapter(adapter_of(model), Path(directory)))
         except AdapterError as error:
             return Check(name, "fail", str(error), "this model cannot be saved as it is")
-    state = {fqn: (m.lora_a.whole(), m.lora_b.whole()) for fqn, m in layers.items()}
-    if again.tensors.keys() == state.keys() and all(
-        torch.equal(loaded, mine.cpu())
-        for fqn, pair in state.items()
-        for loaded, mine in zip(again.tensors[fqn], pair, strict=True)
-    ):
+    mine = adapter_of(model)
+    pairs = [(again.tensors.get(fqn), pair) for fqn, pair in mine.tensors.items()]
+    pairs += [((again.magnitudes.get(f),), (m,)) for f, m in mine.magnitudes.items()]
+    same = len(again.tensors) + len(again.magnitudes) == len(pairs)
+    if same and all(_are_equal(loaded, saved) for loaded, saved in pairs):
         return Check(name, "pass", "every tensor and scale comes back bit for bit")
     return Check(name, "fail", "tensors differ", "please report this with the model's name")
+
+
+def _are_equal(loaded: Sequence[Tensor | None] | None, saved: Sequence[Tensor]) -> bool:
+    return loaded is not None and all(
+        t is not None and torch.equal(t, other.cpu())
+        for t, other in zip(loaded, saved, strict=True)
+    )
 
 
 def _merge_forecast(layers: Layers) -> Check:
@@ -229,7 +246,12 @@ def _merge_forecast(layers: Layers) -> Check:
     if not whole:
         return Check(name, "skip", "the base weights are quantised, sharded, computed or on meta")
     unchanged = {
-        f: merge_weight(m.oriented(m.base_weight), *_ab(m), m.scale)[1].unchanged
+        f: merge_weight(
+            m.oriented(m.base_weight),
+            *m.factors(),
+            m.scale,
+            magnitude=m.magnitude and m.magnitude.weight,
+        )[1].unchanged
         for f, m in whole.items()
     }
     lost = [fqn for fqn, share in unchanged.items() if share > LOST]
@@ -251,6 +273,14 @@ def _is_ordinary(weight: Tensor) -> bool:
 
 def _ab(layer: LoRAMixin) -> tuple[nn.Parameter, nn.Parameter]:
     return layer.lora_a.weight, layer.lora_b.weight
+
+
+def _trained(layer: LoRAMixin) -> list[nn.Parameter]:
+    """What of a layer is meant to be trained: A, unless it is frozen by its options, B, and m."""
+    frozen = ["lora_start.a", "lora_start.b"]
+    if layer.branch_options.freeze_a:
+        frozen.append("lora_a.weight")
+    return [p for name, p in layer.adapter_parameters().items() if name not in frozen]
 
 
 def _input(layer: LoRAMixin) -> Tensor:

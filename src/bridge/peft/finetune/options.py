@@ -29,6 +29,7 @@ class TrainingOptions:
         schedule: Learning rate after the warm-up.
         warmup: Steps in which the learning rate rises from 0; below 1, a share of all steps.
         weight_decay: Decoupled weight decay.
+        lora_plus_ratio: Learning rate of B over that of A (LoRA+, whose authors take 16).
         max_grad_norm: Gradients are clipped to this norm; 0 clips nothing.
         epochs: Passes over the data.
         steps: Optimizer steps, instead of --epochs.
@@ -57,6 +58,7 @@ class TrainingOptions:
     schedule: Schedule = "cosine"
     warmup: float = 0.03
     weight_decay: float = 0.0
+    lora_plus_ratio: float = 1.0
     max_grad_norm: float = 1.0
     epochs: float = 3.0
     steps: int | None = None
@@ -77,7 +79,7 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         """Check every value against its range."""
-        for name in ("learning_rate", "epochs"):
+        for name in ("learning_rate", "lora_plus_ratio", "epochs"):
             self._check(name, lambda x: math.isfinite(x) and x > 0, "a number above 0")
         for name in ("warmup", "weight_decay", "max_grad_norm", "seed"):
             self._check(name, lambda x: math.isfinite(x) and x >= 0, "0 or more")

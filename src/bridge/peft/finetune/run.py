@@ -159,6 +159,7 @@ def _build_trainer(
             batch_size=options.batch_size,
             parts=data_parts(options),
             sharded=is_sharded,
+            lora_plus_ratio=options.lora_plus_ratio,
             model=model,
             args=trainer_config(prepared, output, resumed=resumed),
             train_dataset=_dataset(prepared.train),

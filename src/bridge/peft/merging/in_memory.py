@@ -39,16 +39,20 @@ def merge_weight(
     lora_b: Tensor,
     scale: float,
     *,
+    magnitude: Tensor | None = None,
     compute_dtype: torch.dtype = torch.float32,
     fqn: str = "",
 ) -> tuple[Tensor, MergeRow]:
     """`W + scale · B A`, computed in `compute_dtype` and rounded once to the dtype of W.
+
+    With a magnitude m (DoRA) it is `m / |W + scale · B A|` times that, row by row.
 
     Args:
         weight: W, (out_features, in_features).
         lora_a: A, (dim, in_features).
         lora_b: B, (out_features, dim).
         scale: Factor of the branch.
+        magnitude: m, (out_features,), or None.
         compute_dtype: float32 or float64; float64 weights always take float64.
         fqn: Name for the report.
 
@@ -58,9 +62,12 @@ def merge_weight(
     weight = weight.detach()
     compute_dtype = torch.promote_types(compute_dtype, weight.dtype)
     update = Update.of([(lora_a, lora_b, scale)], dtype=compute_dtype, device=weight.device)
+    blocks = [*row_blocks(*weight.shape, device=weight.device)]
+    if magnitude is not None:
+        update = update.rescaled(magnitude.detach(), ((rows, weight[rows]) for rows in blocks))
     merged = torch.empty_like(weight)
     rounding = Rounding()
-    for rows in row_blocks(*weight.shape, device=weight.device):
+    for rows in blocks:
         rounding += merge_rows(weight[rows], update, rows, merged[rows])
     return merged, MergeRow.of(fqn, rounding, update)
 
@@ -75,6 +82,8 @@ def merge(
     dtype: torch.dtype | None = None,
 ) -> MergeReport:
     """Fold every branch into its base weight, in place: `W <- W + scale · B A`.
+
+    With DoRA it is `W <- m / |W + scale · B A| · (W + scale · B A)`, by rows.
 
     The sum is computed in `compute_dtype` and rounded once. While merged, the branch is not
     computed, and `model.state_dict()` is that of the dense merged model, without A and B. Sharded
@@ -150,9 +159,13 @@ def _merge_layer(
     fqn: str, layer: LoRAMixin, compute_dtype: torch.dtype, *, keep_base: bool
 ) -> MergeRow:
     weight = layer.base_weight
-    whole, a, b = map(full_tensor, (weight, layer.lora_a.weight, layer.lora_b.weight))
     merged, row = merge_weight(
-        layer.oriented(whole), a, b, layer.scale, compute_dtype=compute_dtype, fqn=fqn
+        layer.oriented(full_tensor(weight)),
+        *layer.whole_factors(),
+        layer.scale,
+        magnitude=layer.whole_magnitude(),
+        compute_dtype=compute_dtype,
+        fqn=fqn,
     )
     if keep_base:
         layer.unmerged_weight = weight.detach().to("cpu", copy=True)
@@ -240,17 +253,22 @@ def _check_mergeable(fqn: str, layer: LoRAMixin) -> None:
 
 
 def _check_finite(fqn: str, layer: LoRAMixin, compute_dtype: torch.dtype) -> None:
-    weight, a, b = map(full_tensor, (layer.base_weight, layer.lora_a.weight, layer.lora_b.weight))
-    for name, tensor in (("base weight", weight), ("A", a), ("B", b)):
-        if not all_finite(tensor):
+    weight, (a, b) = full_tensor(layer.base_weight), layer.whole_factors()
+    m = layer.whole_magnitude()
+    for name, tensor in (("base weight", weight), ("A", a), ("B", b), ("the magnitude", m)):
+        if tensor is not None and not all_finite(tensor):
             raise AdapterError(f"{fqn}: {name} holds NaN or inf; nothing was merged")
     if not weight.numel():
         return
     # A bound first: only what could overflow is computed twice.
-    size = abs(layer.scale) * layer.dim * float(a.abs().max()) * float(b.abs().max())
-    if float(weight.abs().max()) + size < torch.finfo(weight.dtype).max:
+    size = abs(layer.scale) * a.shape[0] * float(a.abs().max()) * float(b.abs().max())
+    # DoRA's rows are no longer than m, but their length is computed of the sum
+    largest = max(float(weight.abs().max()) + size, 0.0 if m is None else float(m.abs().max()))
+    if largest < torch.finfo(weight.dtype).max:
         return
-    merged, _ = merge_weight(layer.oriented(weight), a, b, layer.scale, compute_dtype=compute_dtype)
+    merged, _ = merge_weight(
+        layer.oriented(weight), a, b, layer.scale, magnitude=m, compute_dtype=compute_dtype
+    )
     if not all_finite(merged):
         raise AdapterError(
             f"{fqn}: the merged weight overflows {weight.dtype}; nothing was merged; "

@@ -22,7 +22,7 @@ from bridge.peft.dtypes import dtype_name
 from bridge.peft.errors import AdapterError
 from bridge.peft.model.walk import adapted_modules, some_names
 from bridge.peft.parallel.fsdp import sharded_modules
-from bridge.peft.tensors import is_plain, is_sharded
+from bridge.peft.tensors import is_plain, is_sharded, write_count
 
 _RECORD = "adapted_fqns"
 #: The end of the file that holds Megatron's own checkpoint function.
@@ -103,7 +103,7 @@ class Watch:
             check_still_adapted(model)
             self._wants_grad = torch.is_grad_enabled()
             weights = {m: m.base_weight for m in self._layers.values()}
-            self._versions = {m: (weight, _version(weight)) for m, weight in weights.items()}
+            self._versions = {m: (weight, write_count(weight)) for m, weight in weights.items()}
             self._buffers = _buffer_versions(model) if model.training else {}
 
     def _saw(self, holder: nn.Module, args: Any) -> None:
@@ -184,7 +184,7 @@ class Watch:
             fqn
             for fqn, layer in self._layers.items()
             for weight, version in [self._versions[layer]]
-            if layer.base_weight is weight and _version(weight) > version
+            if layer.base_weight is weight and write_count(weight) > version
         ]
         self._versions = {}
         if written:
@@ -234,15 +234,10 @@ class Watch:
             )
 
 
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was written to; 0 where that is not counted."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
 def _buffer_versions(model: nn.Module) -> dict[str, int]:
     """The versions of the buffers that a checkpoint of the base holds."""
     return {
-        f"{fqn}.{name}": _version(buffer)
+        f"{fqn}.{name}": write_count(buffer)
         for fqn, module in model.named_modules()
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from bridge.peft.branch.functions.dora import LoRAMagnitude
+from bridge.peft.branch.functions.starts import LoRAStart
 from bridge.peft.branch.matrix import LoRAMatrix
 from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.errors import AdapterError
@@ -73,7 +75,7 @@ def remember_random_modules(model: nn.Module, fqns: Iterable[str]) -> None:
 
 
 def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
-    if isinstance(module, LoRAMatrix):
+    if isinstance(module, LoRAMatrix | LoRAMagnitude | LoRAStart):
         return []
     return [p for p in module._parameters.values() if p is not None]
 

@@ -44,6 +44,7 @@ class LinearAdapter(LoRAMixin, FollowsSharding, nn.Linear):
     base_type = nn.Linear
     copies = "a plain nn.Linear"
     plain_forward = True
+    takes_functions = True
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
@@ -105,9 +106,10 @@ class LinearAdapter(LoRAMixin, FollowsSharding, nn.Linear):
         if not (compute := self._one_function(x)):
             return super().forward(x)
         self.note_call()
-        a, b = self.lora_a.weight, self.lora_b.weight
+        a, b = self.factors()
         drop = self.dropout_now(), self.dropout_position
-        return compute(x, self.base_weight, self.bias, a, b, self.scale, *drop)
+        out = compute(x, self.base_weight, self.bias, a, b, self.scale, *drop)
+        return self.finished(out, a, b)
 
     def is_linear(self) -> bool:
         """Whether the base computes `W x + b`, as a subclass with its own forward need not."""

@@ -31,6 +31,7 @@ from bridge.peft.formats.peft.fields import check_method
 from bridge.peft.formats.peft.keys import KEY_PREFIX, MAX_NAME_LENGTH, split_keys
 
 _SUFFIXES = (".lora_A.weight", ".lora_B.weight")
+_MAGNITUDE = ".lora_magnitude_vector"
 #: Where PEFT puts the base's own parameters of an adapted module.
 _BASE = ".base_layer."
 
@@ -43,6 +44,7 @@ class AdapterFile:
         config: `adapter_config.json`, as decoded.
         tensors: By fully qualified name: A of shape (rank, in_features) and B of shape
             (out_features, rank).
+        magnitudes: By fully qualified name: DoRA's, (out_features,); empty without DoRA.
         extra: `bridge_adapter.json`: what a PEFT config has no field for; empty without that file.
         whole: Tensors saved whole (`modules_to_save`, `bias`), by their name in the base model.
             Beside an adapted output head PEFT also saves the base's weight of it.
@@ -51,6 +53,7 @@ class AdapterFile:
 
     config: dict[str, Any]
     tensors: dict[str, tuple[Tensor, Tensor]]
+    magnitudes: dict[str, Tensor] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)
     names_in_file: dict[str, str] = field(default_factory=dict)
@@ -153,8 +156,9 @@ def adapter_from(
     """
     adapter = AdapterFile(config=config, tensors={}, extra=extra)
     assert adapter.parsed  # raises: a config of another method explains strange keys
-    pairs, rest = split_keys(tensors)
+    pairs, magnitudes, rest = split_keys(tensors)
     adapter.tensors.update(pairs)
+    adapter.magnitudes.update(magnitudes)
     adapter.whole.update(_whole_tensors(rest, pairs))
     check_adapter(adapter)
     return adapter
@@ -172,6 +176,7 @@ def check_adapter(adapter: AdapterFile) -> None:
         if not fqn.isprintable() or len(fqn) > MAX_NAME_LENGTH:
             raise AdapterFileError(f"{fqn[:80]!r} is not a module's name; save the adapter again")
         _check_shapes(parsed, fqn, a, b)
+        _check_magnitude(parsed, fqn, adapter.magnitudes.get(fqn), b)
         if parsed.target_modules is not None and not parsed.is_target(fqn):
             raise AdapterFileError(
                 f"the file has tensors for {fqn}, which target_modules does not match; save the "
@@ -211,6 +216,8 @@ def write_adapter(adapter: AdapterFile, directory: str | Path) -> Path:
     for fqn, pair in adapter.tensors.items():
         for suffix, tensor in zip(_SUFFIXES, pair, strict=True):
             tensors[f"{KEY_PREFIX}{fqn}{suffix}"] = tensor
+    for fqn, tensor in adapter.magnitudes.items():
+        tensors[f"{KEY_PREFIX}{fqn}{_MAGNITUDE}"] = tensor
     write_files(
         directory,
         {
@@ -257,4 +264,24 @@ def _check_shapes(config: PeftConfig, fqn: str, a: Tensor, b: Tensor) -> None:
         raise AdapterFileError(
             f"{fqn}: the config gives it rank {rank}, the file A {tuple(a.shape)} and B "
             f"{tuple(b.shape)}; save the adapter again"
+        )
+
+
+def _check_magnitude(config: PeftConfig, fqn: str, magnitude: Tensor | None, b: Tensor) -> None:
+    if magnitude is None and config.use_dora:
+        raise AdapterFileError(
+            f"the config says use_dora, and the file has no magnitude for {fqn}; save the adapter "
+            "again"
+        )
+    if magnitude is None:
+        return
+    if not config.use_dora:
+        raise AdapterFileError(
+            f"the file has a magnitude for {fqn} (DoRA), and its config does not say use_dora; "
+            "save the adapter again"
+        )
+    if magnitude.shape != b.shape[:1]:
+        raise AdapterFileError(
+            f"{fqn}: B {tuple(b.shape)} has {b.shape[0]} rows, and the magnitude is "
+            f"{tuple(magnitude.shape)}; save the adapter again"
         )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+from bridge.peft.branch.functions.starts import START_METHODS, is_start
 from bridge.peft.branch.initializers import A_INITIALIZERS
 from bridge.peft.branch.options import DropoutPosition
 from bridge.peft.errors import AdapterFileError
@@ -17,10 +18,15 @@ from bridge.peft.formats.peft.fingerprint import check_stored
 
 _CHOICES = {
     "dropout_position": get_args(DropoutPosition),
-    "lora_A_init_method": tuple(A_INITIALIZERS),
+    "lora_A_init_method": (*A_INITIALIZERS, *START_METHODS),
+    "freeze_a": (False, True),
 }
 #: What holds for an adapter that PEFT made.
-DEFAULTS: dict[str, Any] = {"dropout_position": "pre", "lora_A_init_method": "uniform"}
+DEFAULTS: dict[str, Any] = {
+    "dropout_position": "pre",
+    "lora_A_init_method": "uniform",
+    "freeze_a": False,
+}
 
 
 def read_extra(directory: Path) -> dict[str, Any]:
@@ -56,7 +62,7 @@ def check_extra(extra: Mapping[str, Any]) -> None:
 
 
 def branch_settings(extra: Mapping[str, Any], fqn: str, dropout: float) -> dict[str, Any]:
-    """`dropout`, `dropout_position` and `lora_A_init_method` of one module.
+    """`dropout`, `dropout_position`, `lora_A_init_method` and `freeze_a` of one module.
 
     Args:
         extra: The decoded file, checked.
@@ -71,7 +77,10 @@ def branch_settings(extra: Mapping[str, Any], fqn: str, dropout: float) -> dict[
 
 def _check_branch(branch: Mapping[str, Any], where: str) -> None:
     for name, choices in _CHOICES.items():
-        if (value := branch.get(name, choices[0])) not in choices:
+        value = branch.get(name, choices[0])
+        if isinstance(value, str) and name == "lora_A_init_method" and is_start(value):
+            continue
+        if value not in choices:
             raise _wrong(where + name, value, " or ".join(repr(choice) for choice in choices))
     if not is_dropout(p := branch.get("dropout", 0.0)):
         raise _wrong(f"{where}dropout", p, "a number in [0, 1)")

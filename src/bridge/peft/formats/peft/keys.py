@@ -3,6 +3,7 @@
 base_model.model.….q_proj.lora_A.weight   as PEFT saves it
 ….q_proj.lora_A.default.weight            as in a live PEFT model, with the adapter's name
 ….q_proj.lora_a.weight                    ours (`adapter_state_dict`), Automodel's
+….q_proj.lora_magnitude_vector            DoRA's magnitude; ours is ….lora_magnitude.weight
 ….q_proj[.adapter].linear_in.weight       of the layers in version 0.2 of Megatron-Bridge
 
 Keys are cut at their ends only, so modules may be called `lora_A`, `weight` or `base_model`.
@@ -32,11 +33,12 @@ _SPELLINGS = tuple(
         r"(?:\.adapter)?\.linear_(?P<half>in|out)",
     )
 )
+#: DoRA's magnitude as PEFT saves it, as in a live PEFT model, and ours.
+_MAGNITUDE = re.compile(r"(?P<fqn>.+?)\.lora_magnitude(?:_vector(?:\.[^.]+)??)?(?:\.weight)?")
 _LETTERS = {"in": "A", "out": "B"}
 #: In the keys of adapters that compute something else, and what that is.
 _OTHER_KINDS = {
     ".lora_embedding_": "LoRA on an embedding",
-    ".lora_magnitude_vector": "DoRA",
     ".token_adapter.": "trained token embeddings",
     ".lora_B.bias": "a bias on B",
 }
@@ -97,14 +99,15 @@ class Halves:
 
 def split_keys(
     tensors: Mapping[str, Tensor],
-) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
     """Sort the tensors of an adapter file by module.
 
     Args:
         tensors: By key of the file.
 
     Returns:
-        A and B by module, and the other tensors by name in the base model.
+        A and B by module, DoRA's magnitudes by module, and the other tensors by name in the base
+        model.
 
     Raises:
         AdapterFileError: There is no A and B, one of the two is missing, or the keys are those of
@@ -127,8 +130,11 @@ def split_keys(
     halves = Halves()
     for key, m in found.items():
         halves.add(m["fqn"], _LETTERS.get(m["half"], m["half"].upper()), tensors[key], key)
+    pairs = halves.pairs()
     rest = {name: tensors[key] for key, name in names.items() if key not in found}
-    return halves.pairs(), _trained_copies(rest, adapters.pop())
+    magnitudes = {m["fqn"]: name for name in rest if (m := _MAGNITUDE.fullmatch(name))}
+    of_modules = {f: rest.pop(name) for f, name in magnitudes.items() if f in pairs}
+    return pairs, of_modules, _trained_copies(rest, adapters.pop())
 
 
 def is_head(name: str) -> bool:

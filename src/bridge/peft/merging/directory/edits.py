@@ -36,12 +36,14 @@ class Edit:
         terms: A, B and scale of each adapter to add; empty for a replacement.
         transposed: The tensor is stored as (in_features, out_features).
         replacement: The values that stand in for it.
+        magnitude: What the rows of the sum are rescaled to, by DoRA.
     """
 
     fqn: str
     terms: tuple[Term, ...] = ()
     transposed: bool = False
     replacement: Tensor | None = None
+    magnitude: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ def plan_edits(checkpoint: Checkpoint, adapters: _Adapters, *, untie: bool) -> E
     Raises:
         AdapterError: A module is not in the checkpoint, has another shape, is quantised or tied.
     """
+    _check_can_be_summed(adapters)
     entries, whole = checkpoint.entries(), _whole_tensors(adapters)
     alike = heads_alike(whole)
     for name in alike:
@@ -127,6 +130,15 @@ def _shapes(adapters: _Adapters) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _check_can_be_summed(adapters: _Adapters) -> None:
+    for adapter, weight in adapters:
+        if adapter.magnitudes and (len(adapters) > 1 or weight != 1):
+            raise AdapterError(
+                "a DoRA adapter rescales the weight that it was trained on, and cannot be weighted "
+                "or summed; merge it alone, with weight 1"
+            )
+
+
 def _whole_tensors(adapters: _Adapters) -> dict[str, Tensor]:
     for adapter, weight in adapters:
         if adapter.whole and (len(adapters) > 1 or weight != 1):
@@ -163,7 +175,7 @@ def _update(fqn: str, entry: Entry, adapters: _Adapters, *, any_turned: bool) ->
                 "config saying so (fan_in_fan_out); load model and adapter in Python, and "
                 "merge(model)"
             )
-    return Edit(fqn, terms, transposed)
+    return Edit(fqn, terms, transposed, magnitude=holders[0][0].magnitudes.get(fqn))
 
 
 def _replacement(name: str, entry: Entry, tensor: Tensor) -> Edit:

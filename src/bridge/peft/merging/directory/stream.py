@@ -81,7 +81,7 @@ def write_shard(
     try:
         work: list[tuple[Target, Update | None, list[_Written]]] = []
         for target in targets:
-            update = _update(target, compute_dtype)
+            update = files.update(target, compute_dtype)
             cut = [(size, pool.submit(files.write, target, p, update)) for p, size in _cut(target)]
             work.append((target, update, cut))
         for target, update, written in work:
@@ -95,14 +95,6 @@ def write_shard(
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
     return rows
-
-
-def _update(target: Target, dtype: torch.dtype) -> Update | None:
-    if target.edit is None or target.edit.replacement is not None:
-        return None
-    for entry in (target.entry, target.source):
-        dtype = torch.promote_types(dtype, FLOATING[entry.dtype])
-    return Update.of(target.edit.terms, dtype=dtype, transposed=target.edit.transposed)
 
 
 def _is_copy(target: Target) -> bool:
@@ -153,6 +145,18 @@ class _Files:
                     total += _merge(target, base, update, rows, out)
                 file.write(memoryview(buffer)[: out.nbytes])
         return total
+
+    def update(self, target: Target, dtype: torch.dtype) -> Update | None:
+        """What is added to a tensor, if anything is; DoRA's norms take a pass over the base."""
+        if target.edit is None or target.edit.replacement is not None:
+            return None
+        for entry in (target.entry, target.source):
+            dtype = torch.promote_types(dtype, FLOATING[entry.dtype])
+        update = Update.of(target.edit.terms, dtype=dtype, transposed=target.edit.transposed)
+        if target.edit.magnitude is None:
+            return update
+        blocks = ((rows, self._read(target, rows)) for rows, _ in _cut(target))
+        return update.rescaled(target.edit.magnitude, blocks)
 
     def _read(self, target: Target, piece: slice) -> Tensor:
         """These rows of the base, where the system has them in memory, or of what replaces it."""

@@ -12,7 +12,16 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from bridge.peft import LoRA, adapter_state_dict, load_adapter, merge, save_adapter, unmerge
+from bridge.peft import (
+    LinearAdapter,
+    LoRA,
+    adapter_state_dict,
+    load_adapter,
+    merge,
+    save_adapter,
+    unmerge,
+)
+from bridge.peft.branch.kinds import MegatronLinearAdapter
 from bridge.peft.cli import main
 from bridge.peft.cli.inspect import describe
 from bridge.peft.doctor import doctor
@@ -218,6 +227,31 @@ def test_where_other_code_reads_the_weight_its_rows_are_rescaled():
     want = torch.autograd.grad(dense(layer, x).square().sum(), weights)
     for mine, other in zip(got, want, strict=True):
         assert_close(mine, other)
+
+
+@pytest.mark.parametrize("recipe", [{"use_dora": True}, {"lora_A_init_method": "pissa"}], ids=str)
+@pytest.mark.parametrize("called", [False, True])
+def test_with_hooks_on_a_and_b_values_and_gradients_are_the_same(recipe, called):
+    torch.manual_seed(0)
+    model = trained(LoRA(dim=4, **recipe)(Reader() if not called else nn.Sequential(*body())))
+    layer, x = model.proj if not called else model[0], x_of()
+    weights = [p for p in layer.parameters() if p.requires_grad]
+    run = layer if called else model
+    want = [run(x), *torch.autograd.grad(run(x).square().sum(), weights)]
+    layer.lora_a.register_forward_hook(lambda *_: None)
+    got = [run(x), *torch.autograd.grad(run(x).square().sum(), weights)]
+    for mine, other in zip(got, want, strict=True):
+        assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", [{"use_dora": True}, {"lora_A_init_method": "olora"}], ids=str)
+def test_a_kind_that_takes_no_other_function_refuses_them_and_stays_as_it_was(recipe, monkeypatch):
+    monkeypatch.setattr(LinearAdapter, "takes_functions", False)
+    model = body()
+    with pytest.raises(NotImplementedError, match="which is for linears"):
+        LoRA(dim=2, **recipe)(model)
+    assert type(model[0]) is nn.Linear and all(p.requires_grad for p in model.parameters())
+    assert not MegatronLinearAdapter.takes_functions
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -11,11 +11,13 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from bridge.peft import (
+    LinearAdapter,
     LoRA,
     adapter_state_dict,
     disable_adapters,
     load_adapter,
     merge,
+    patch_linear_module,
     save_adapter,
     unmerge,
 )
@@ -234,6 +236,17 @@ def test_the_doctor_finds_it_healthy(tmp_path, method):
     for report in (doctor(model), doctor(base, tmp_path)):
         assert report.healthy, str(report)
     assert all(torch.equal(t, before[n]) for n, t in adapter_state_dict(model).items())
+
+
+def test_the_layer_s_own_constructor_and_patching_start_so_too():
+    linear = nn.Linear(24, 16)
+    copied = LinearAdapter(linear, dim=4, lora_A_init_method="pissa")
+    patched = patch_linear_module(copy.deepcopy(linear), dim=4, lora_A_init_method="pissa")
+    for layer in (copied, patched):
+        assert_close(layer(x_of()), linear(x_of()))
+        assert bool(layer.lora_b.weight.any()) and layer.start is not None
+    with pytest.raises(AdapterError, match="patch_linear_module does that"):
+        LinearAdapter._init_adapter(nn.Linear(4, 4), lora_A_init_method="olora")
 
 
 def test_resized_it_is_a_plain_adapter(tmp_path):

@@ -7,29 +7,20 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parameter import UninitializedParameter
 
-from bridge.peft.branch.functions.dora import LoRAMagnitude
-from bridge.peft.branch.functions.starts import (
-    LoRAStart,
-    is_start,
-    is_subtracted,
-    joined,
-    split,
-    start_of,
-)
+from bridge.peft.branch.functions.carried import CarriesFunctions, carry
+from bridge.peft.branch.functions.starts import is_start, is_subtracted, split
 from bridge.peft.branch.matrix import GIVEN, LoRAMatrix
 from bridge.peft.branch.options import BranchOptions, DropoutPosition, InitMethod
 from bridge.peft.branch.untouched import check_untouched, foreign_patch
-from bridge.peft.errors import UnsupportedLinearError
-from bridge.peft.ops.dispatch import ComputePath, choose_path, lora_add, project
-from bridge.peft.ops.magnitude import row_norms, row_squares
+from bridge.peft.errors import AdapterError, UnsupportedLinearError
+from bridge.peft.ops.dispatch import ComputePath, choose_path, lora_add
 from bridge.peft.ops.reference import add_in_base_dtype
 from bridge.peft.parallel.fsdp import is_data_parallel
 from bridge.peft.parallel.shard import Shard
 from bridge.peft.parallel.tensor import add_sharded_branch
-from bridge.peft.tensors import dense, full_tensor, is_plain, is_sharded
+from bridge.peft.tensors import full_tensor, is_plain, is_sharded
 
 #: What a branch starts from: a seed for A, the values of A and B (and of DoRA's magnitude), or
 #: torch's default generator.
@@ -40,7 +31,7 @@ _LORA_KEYS = (
 )
 
 
-class LoRAMixin(nn.Module):
+class LoRAMixin(CarriesFunctions):
     """The branch over whatever linear is next in the method resolution order.
 
     A kind of base is a subclass in `branch/kinds/`: it says which classes it takes
@@ -56,8 +47,6 @@ class LoRAMixin(nn.Module):
         dropout: An `nn.Dropout`: its `p` and `training` are what the branch uses.
         lora_a: A, `weight` of shape (dim, in_features).
         lora_b: B, `weight` of shape (out_features, dim).
-        lora_start: A0 and B0, frozen, which are subtracted; of some initialisations only.
-        lora_magnitude: DoRA's m, `weight` of shape (out_features,), with `use_dora` only.
         adapter_enabled: False while the branch is switched off; see `disable_adapters`.
         merged: True while the branch is folded into the base weight; see `merge`.
         unmerged_weight: The base weight from before the merge, on the CPU, if it was kept.
@@ -229,82 +218,6 @@ class LoRAMixin(nn.Module):
         drop = self.dropout_now(), self.dropout_position
         return self.finished(add(base_out, x, a, b, self.scale, *drop), a, b)  # pyright: ignore
 
-    def finished(self, out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """What the branch's function makes of `W x + b + s · B A x`: DoRA rescales its rows.
-
-        Args:
-            out: (..., out_features).
-            a: A, (dim, in_features).
-            b: B, (out_features, dim).
-        """
-        magnitude = self.magnitude
-        if magnitude is None:
-            return out
-        return magnitude(out, magnitude.norm(self, a, b, self.scale), self.bias_in_output())
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B of the update `B A`: with a start that is subtracted, of twice the rank."""
-        start = self.start
-        return joined(
-            self.lora_a.weight, self.lora_b.weight, None if start is None else (start.a, start.b)
-        )
-
-    def whole_factors(self) -> tuple[Tensor, Tensor]:
-        """As `factors`, detached, and gathered where they are sharded: every rank must call."""
-        start = self.start
-        return joined(
-            self.lora_a.whole(),
-            self.lora_b.whole(),
-            None if start is None else (full_tensor(start.a), full_tensor(start.b)),
-        )
-
-    def whole_magnitude(self) -> Tensor | None:
-        """DoRA's magnitude, if there is one, gathered likewise: (out_features,)."""
-        return None if self.magnitude is None else full_tensor(self.magnitude.weight)
-
-    @property
-    def start(self) -> LoRAStart | None:
-        """What is subtracted from the branch, if anything is."""
-        return self._modules.get("lora_start")  # pyright: ignore[reportReturnType]
-
-    def set_start(self, seed: int | None) -> None:
-        """Take A and B out of the base's weight, as the options say, in place.
-
-        Args:
-            seed: Seed of what is drawn; None uses torch's default CPU generator.
-        """
-        method = self.branch_options.lora_A_init_method
-        a, b = start_of(method, self.dense_weight(), self.dim, self.scale, seed)
-        with torch.no_grad():
-            self.lora_a.weight.copy_(a)
-            self.lora_b.weight.copy_(b)
-        if is_subtracted(method):
-            self.lora_start = LoRAStart(self.lora_a.weight, self.lora_b.weight)
-
-    @property
-    def magnitude(self) -> LoRAMagnitude | None:
-        """DoRA's magnitude, if the branch has one."""
-        return self._modules.get("lora_magnitude")  # pyright: ignore[reportReturnType]
-
-    def reset_magnitude(self) -> None:
-        """Set DoRA's magnitude to |W + s · B A|, in place: the output is then that without DoRA.
-
-        A sharded layer is gathered, so with those every rank must call.
-        """
-        if self.magnitude is None or self.base_weight.is_meta:
-            return
-        self.weight_was_written()
-        if not is_sharded(self.base_weight):
-            norm = self.magnitude.norm(self, *self.factors(), self.scale)
-        else:
-            weight, (a, b) = full_tensor(self.dense_weight()), self.whole_factors()
-            norm = row_norms(row_squares(weight), project(weight, a), a, b, self.scale)
-        self.magnitude.set_to(norm)
-
-    def bias_in_output(self) -> Tensor | None:
-        """The bias that the base's result holds, (out_features,), or None."""
-        return getattr(self, "bias", None)
-
     def has_hooks_on_a_or_b(self) -> bool:
         """Whether something waits for calls of A or B: offloading, parameters gathered late."""
         return _has_hooks(self.lora_a) or _has_hooks(self.lora_b)
@@ -314,21 +227,9 @@ class LoRAMixin(nn.Module):
         dtype, pre = self.branch_dtype, self.dropout_position == "pre"
         x = x.to(dtype)
         x = self.dropout(x) if pre else x
-        branch = self.lora_b(self.lora_a(x) * self.scale)
-        if self.start is not None:
-            start_a, start_b = self.start()
-            branch = branch - F.linear(F.linear(x, start_a) * self.scale, start_b)
+        branch = self.less_start(self.lora_b(self.lora_a(x) * self.scale), x)
         out = add_in_base_dtype(base_out, branch if pre else self.dropout(branch))
         return out if self.magnitude is None else self.finished(out, *self.called_a_and_b())
-
-    def called_a_and_b(self) -> tuple[Tensor, Tensor]:
-        """A and B by calls of them, for hooks that bring their weights."""
-        options: dict[str, Any] = {"dtype": self.branch_dtype, "device": self.base_weight.device}
-        n_in = self.features(self)[0]
-        with torch.no_grad():
-            a = self.lora_a(torch.eye(n_in, **options)).t()
-            b = self.lora_b(torch.eye(self.dim, **options)).t()
-            return joined(a, b, None if self.start is None else self.start())
 
     @property
     def branch_dtype(self) -> torch.dtype:
@@ -377,16 +278,6 @@ class LoRAMixin(nn.Module):
         own = self._parameters.get("weight")
         return self.weight if own is None else own  # pyright: ignore[reportReturnType]
 
-    def dense_weight(self) -> Tensor:
-        """The weight that the base computes with: (out_features, in_features), floating, frozen."""
-        scales = getattr(getattr(self, "state", None), "SCB", None)
-        return self.oriented(dense(self.base_weight, scales).detach())
-
-    def weight_was_written(self) -> None:
-        """Called after the base's weight was written in place: forget what was made from it."""
-        if self.magnitude is not None:
-            self.magnitude.forget()
-
     def whole_parameters(self) -> dict[str, Tensor]:
         """As `adapter_parameters`, whole and detached; may be a collective."""
         own = {"lora_a.weight": self.lora_a.whole(), "lora_b.weight": self.lora_b.whole()}
@@ -420,23 +311,12 @@ class LoRAMixin(nn.Module):
                 "doubled by unmerge; call unmerge(model) first"
             )
             return
-        follows = self._magnitude_is_the_base_s() and f"{prefix}weight" in state_dict
+        follows = self.magnitude_is_the_base_s() and f"{prefix}weight" in state_dict
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._follow_base_off_meta()
         self.weight_was_written()
-        if follows and self.magnitude is not None and not self.base_weight.is_meta:
-            self.magnitude.set_to(row_squares(self.dense_weight()).sqrt())
-
-    def _magnitude_is_the_base_s(self) -> bool:
-        """Whether DoRA's magnitude is still |W|, or has no values yet, so that it follows W."""
-        magnitude, weight = self.magnitude, self.base_weight
-        if magnitude is None or not magnitude.is_set:
-            return magnitude is not None
-        if weight.is_meta or is_sharded(weight) or is_sharded(magnitude.weight):
-            return False
-        squares = row_squares(self.dense_weight())
-        start = squares.sqrt().to(magnitude.weight)
-        return torch.equal(start, magnitude.weight) and not bool(self.lora_b.weight.any())
+        if follows:
+            self.follow_base()
 
     def _follow_base_off_meta(self) -> None:
         """Materialise A and B when loading with `assign=True` has materialised the base."""
@@ -481,13 +361,7 @@ class LoRAMixin(nn.Module):
         for child in (module.dropout, lora_a, lora_b):
             child.train(module.training)
         lora_a.requires_grad_(not options.freeze_a)
-        if start is not None:
-            module.lora_start = LoRAStart(*(t.to(**placed) for t in start))
-        if options.use_dora:
-            module.lora_magnitude = LoRAMagnitude(n_out, **placed)
-            module.lora_magnitude.train(module.training)
-            for values in magnitude:
-                module.lora_magnitude.set_to(values)
+        carry(module, start, n_out if options.use_dora else 0, *magnitude, **placed)
 
     @staticmethod
     def _init_adapter(
@@ -508,7 +382,14 @@ class LoRAMixin(nn.Module):
             lora_A_init_method=lora_A_init_method,
             lora_dtype=lora_dtype,
         )
+        if is_start(lora_A_init_method) and not isinstance(obj, LoRAMixin):
+            raise AdapterError(
+                f"lora_A_init_method={lora_A_init_method!r} is taken out of the base's weight; "
+                "patch_linear_module does that"
+            )
         LoRAMixin.attach_branch(obj, options)
+        if isinstance(obj, LoRAMixin) and is_start(lora_A_init_method):
+            obj.set_start(None)
 
 
 def _has_hooks(matrix: LoRAMatrix) -> bool:

@@ -106,8 +106,8 @@ def _check_takes(kind: type[LoRAMixin], module: nn.Module, options: BranchOption
     asked = "use_dora" if options.use_dora else f"lora_A_init_method={method!r}"
     if not kind.takes_functions and (options.use_dora or is_start(method)):
         raise UnsupportedLinearError(
-            f"cannot adapt {type(module).__name__} with {asked}, which is for linears; leave it out "
-            "with exclude_modules"
+            f"cannot adapt {type(module).__name__} with {asked}, which is for linears; leave it "
+            "out with exclude_modules"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ from bridge.peft.branch.functions.starts import (
 )
 from bridge.peft.branch.matrix import GIVEN, LoRAMatrix
 from bridge.peft.branch.options import BranchOptions, DropoutPosition, InitMethod
+from bridge.peft.branch.quantised.table import dense_weight
 from bridge.peft.branch.untouched import check_untouched, foreign_patch
 from bridge.peft.errors import UnsupportedLinearError
 from bridge.peft.ops.dispatch import ComputePath, choose_path, lora_add, project
@@ -29,7 +31,7 @@ from bridge.peft.ops.reference import add_in_base_dtype
 from bridge.peft.parallel.fsdp import is_data_parallel
 from bridge.peft.parallel.shard import Shard
 from bridge.peft.parallel.tensor import add_sharded_branch
-from bridge.peft.tensors import dense, full_tensor, is_plain, is_sharded
+from bridge.peft.tensors import full_tensor, is_plain, is_sharded
 
 #: What a branch starts from: a seed for A, the values of A and B (and of DoRA's magnitude), or
 #: torch's default generator.
@@ -60,7 +62,8 @@ class LoRAMixin(nn.Module):
         lora_magnitude: DoRA's m, `weight` of shape (out_features,), with `use_dora` only.
         adapter_enabled: False while the branch is switched off; see `disable_adapters`.
         merged: True while the branch is folded into the base weight; see `merge`.
-        unmerged_weight: The base weight from before the merge, on the CPU, if it was kept.
+        unmerged_weight: The base weight from before the merge, on the CPU, if it was kept; of a
+            quantised layer all of its base (`branch.dense.SetAside`).
         on_call: Told of the next call of the layer, if anybody waits for it.
         bypassed: True if the model was run, and the layer's part of it, but never the layer.
     """
@@ -75,7 +78,7 @@ class LoRAMixin(nn.Module):
     lora_b: LoRAMatrix
     adapter_enabled: bool
     merged: bool
-    unmerged_weight: Tensor | None
+    unmerged_weight: Any
     on_call: Callable[[LoRAMixin], None] | None = None
     bypassed: bool = False
 
@@ -108,14 +111,14 @@ class LoRAMixin(nn.Module):
         """
         if taken := [name for name in BRANCH_ATTRIBUTES if hasattr(module, name)]:
             return f"its own attribute {taken[0]!r} would be overwritten by the adapter's"
-        weight: Tensor = module.weight  # pyright: ignore[reportAssignmentType]
+        weight = cls.weight_of(module)
         if isinstance(weight, UninitializedParameter):
             return "its shape is not known yet; run one forward of the model first"
         if is_sharded(weight) and (reason := cls.sharded_refusal(module)):
             return reason
         if weight.device.type == "meta" and "_hf_hook" in vars(module):
             return "its weight is offloaded; load the model without disk or CPU offload"
-        return foreign_patch(module)
+        return foreign_patch(module) or _layout_reason(cls, type(module))
 
     @classmethod
     def sharded_refusal(cls, module: nn.Module) -> str | None:
@@ -149,6 +152,11 @@ class LoRAMixin(nn.Module):
     def features(cls, module: nn.Module) -> tuple[int, int]:
         """`(in_features, out_features)` of a module that this kind takes."""
         return module.in_features, module.out_features  # pyright: ignore[reportReturnType]
+
+    @classmethod
+    def weight_of(cls, module: nn.Module) -> Tensor:
+        """The tensor of a module that says where A and B lie and in which dtype: its weight."""
+        return module.weight  # pyright: ignore[reportReturnType]
 
     @classmethod
     def wrap(
@@ -378,9 +386,8 @@ class LoRAMixin(nn.Module):
         return self.weight if own is None else own  # pyright: ignore[reportReturnType]
 
     def dense_weight(self) -> Tensor:
-        """The weight that the base computes with: (out_features, in_features), floating, frozen."""
-        scales = getattr(getattr(self, "state", None), "SCB", None)
-        return self.oriented(dense(self.base_weight, scales).detach())
+        """The weight that the base computes with: (out_features, in_features), floating."""
+        return self.oriented(dense_weight(self, self.base_weight))
 
     def weight_was_written(self) -> None:
         """Called after the base's weight was written in place: forget what was made from it."""
@@ -458,7 +465,7 @@ class LoRAMixin(nn.Module):
 
         Its class stays; `branch.patch` changes that.
         """
-        weight: Tensor = module.weight  # pyright: ignore[reportAssignmentType]
+        weight = cls.weight_of(module)
         placed: dict[str, Any] = {
             "device": weight.device,
             "dtype": options.resolve_dtype(weight.dtype),
@@ -509,6 +516,22 @@ class LoRAMixin(nn.Module):
             lora_dtype=lora_dtype,
         )
         LoRAMixin.attach_branch(obj, options)
+
+
+@functools.cache
+def _layout_reason(kind: type[nn.Module], base_type: type[nn.Module]) -> str | None:
+    """Why objects of a class cannot become an adapter's; None if they can."""
+    try:
+        blank = object.__new__(base_type)
+        blank.__class__ = type("Adapter", (kind, base_type), {})  # pyright: ignore
+    except TypeError:
+        if issubclass(kind, base_type):
+            return None
+        return (
+            "its class has a layout in memory of its own (a base class that is no nn.Module); wrap "
+            "it in LoRALinear"
+        )
+    return None
 
 
 def _has_hooks(matrix: LoRAMatrix) -> bool:

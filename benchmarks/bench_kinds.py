@@ -12,6 +12,7 @@ writes kinds.csv and kinds.md to benchmarks/results (kinds_quick.* with --quick)
 from __future__ import annotations
 
 import argparse
+import logging
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -87,6 +88,65 @@ def _peft(shape: Case, *, use_dora: bool) -> nn.Module:
     layer = Linear(shape.base(), "default", config, r=shape.dim, lora_alpha=shape.alpha)
     nn.init.normal_(layer.get_parameter("lora_B.default.weight"), std=0.02)
     return layer
+
+
+def quantised_steps(make: Callable[[Case], Any], quick: bool) -> Steps:
+    """A branch on a quantised linear: 2048 tokens, 1024², rank 16, x in float32."""
+    shape = Case(512 if quick else 2048, 1024, 1024, 16, 0.0, torch.float32)
+    x, dy = shape.tensors()
+    ours = LoRA(dim=shape.dim, alpha=shape.alpha)(nn.Sequential(make(shape)))[0]
+    nn.init.normal_(ours.get_parameter("lora_b.weight"), std=0.02)
+    layers = {"frozen": make(shape), "ours": ours, "peft": _quantised_by_peft(make(shape), shape)}
+    return {name: lambda layer=layer: step(layer, x, dy) for name, layer in layers.items()}
+
+
+def _nf4(shape: Case) -> Any:
+    from bitsandbytes.nn.modules import Linear4bit
+
+    layer = Linear4bit(
+        *(shape.in_features, shape.out_features),
+        bias=False,
+        compute_dtype=shape.dtype,
+        quant_type="nf4",
+    )
+    layer.load_state_dict(shape.base().state_dict())
+    layer.support_avx512bf16_for_cpu = False  # the layout for inference has no backward
+    return layer.to("cpu")
+
+
+def _int8(shape: Case) -> Any:
+    from bitsandbytes.nn.modules import Linear8bitLt
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of each cast of x
+    layer = Linear8bitLt(shape.in_features, shape.out_features, bias=False, has_fp16_weights=False)
+    layer.load_state_dict(shape.base().state_dict())
+    return layer.to("cpu")
+
+
+def _torchao_int8(shape: Case) -> Any:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = nn.Sequential(shape.base())
+    quantize_(model, Int8WeightOnlyConfig())
+    return model[0]
+
+
+def _quantised_by_peft(base: nn.Linear, shape: Case) -> nn.Module:
+    import peft
+
+    model: Any = nn.Sequential(base)
+    kind = type(base.weight).__name__
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind == "Params4bit", kind == "Int8Params"
+    config = peft.LoraConfig(r=shape.dim, lora_alpha=shape.alpha, target_modules=["0"])
+    adapted: Any = peft.get_peft_model(model, config)
+    layer = adapted.base_model.model[0]
+    nn.init.normal_(layer.get_parameter("lora_B.default.weight"), std=0.02)
+    return layer
+
+
+case("quantised, bitsandbytes nf4")(lambda quick: quantised_steps(_nf4, quick))
+case("quantised, bitsandbytes int8")(lambda quick: quantised_steps(_int8, quick))
+case("quantised, torchao int8")(lambda quick: quantised_steps(_torchao_int8, quick))
 
 
 def measure(kind: Kind, *, quick: bool, budget: float) -> list[dict[str, Any]]:

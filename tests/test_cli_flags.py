@@ -55,6 +55,7 @@ TRAINING_FLAGS = [
     "--max-length",
     "--on-long",
     "--dtype",
+    "--quantize",
     "--seed",
     "--gradient-checkpointing",
     "--eval-share",

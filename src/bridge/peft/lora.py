@@ -22,18 +22,19 @@ from bridge.peft.branch.options import (
     check_dim,
 )
 from bridge.peft.branch.patch import adapted_class
+from bridge.peft.branch.quantised.table import format_of
 from bridge.peft.dtypes import sound_dtype
 from bridge.peft.errors import AdapterError, TargetError
 from bridge.peft.model.adapt import Planned, adapt_in_place, check_can_be_adapted
 from bridge.peft.model.participation import check_still_adapted
 from bridge.peft.model.pretrained import random_modules
+from bridge.peft.model.size import model_size
 from bridge.peft.model.trained_parameters import check_can_be_trained
 from bridge.peft.model.walk import adapted_modules, some_names, unwrap
 from bridge.peft.model.weight_reads import read_weights
 from bridge.peft.ops.dispatch import ComputePath, choose_path
 from bridge.peft.parallel.fsdp import reshard
 from bridge.peft.parallel.layout import agreed_seed
-from bridge.peft.parallel.megatron import whole_numel
 from bridge.peft.plan import Plan, PlanRow, TrainedRow
 from bridge.peft.targets import (
     ALL_LINEAR,
@@ -157,11 +158,14 @@ class LoRA:
         root = unwrap(model)
         chosen, skipped, trained = self._match(root)
         read = read_weights(root)
+        size = model_size(root)
         return Plan(
             rows=tuple(self._row(candidate, read) for candidate in chosen),
             trained_in_full=tuple(_trained_row(candidate) for candidate in trained),
             not_adapted=tuple(skipped),
-            base_parameters=_count_parameters(root),
+            base_parameters=size.parameters,
+            base_bytes=size.bytes,
+            quantised=size.quantised,
             notes=tuple(self._notes(root, chosen, trained)),
         )
 
@@ -236,7 +240,8 @@ class LoRA:
                 f"{some_names(half)}: trained in full in 16 bits, in which small steps are lost; "
                 "load the model in float32 and train under autocast"
             )
-        tied = [c.fqn for c in chosen if c.module in tied_linears(model)]
+        shared = tied_linears(model)
+        tied = [c.fqn for c in chosen if c.module in shared]
         if tied:
             yield (
                 f"{some_names(tied)}: shares its weight with another linear, which the branch does "
@@ -255,9 +260,11 @@ class LoRA:
         if module in read:
             path = ComputePath("read", READ.replace("other code", type(read[module][0]).__name__))
         n_in, n_out = adapted.features(module)
+        form = format_of(module)
         return PlanRow(
             fqn=candidate.fqn,
             base_type=type(module).__name__,
+            quantised=None if form is None else form.label(module),
             in_features=n_in,
             out_features=n_out,
             dim=options.dim,
@@ -329,20 +336,4 @@ def _first_match(pattern: Mapping[str, Any], candidate: Candidate, default: Any)
 
 
 def _weight(candidate: Candidate) -> Tensor:
-    return candidate.module.weight  # pyright: ignore[reportReturnType]
-
-
-def _count_parameters(model: nn.Module) -> int:
-    """Parameters of a model; a packed weight, or a part of one, counts as what it stands for."""
-    packed = {
-        id(m.weight): m.in_features * m.out_features
-        for m in model.modules()
-        if isinstance(m, nn.Linear) and not m.weight.is_floating_point()
-    }
-    whole = {
-        id(p): whole_numel(module, p)
-        for module in model.modules()
-        for p in module._parameters.values()
-        if p is not None
-    }
-    return sum(packed.get(id(p), whole[id(p)]) for p in model.parameters())
+    return adapted_class(type(candidate.module)).weight_of(candidate.module)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bridge.peft.dtypes import dtype_name
+from bridge.peft.model.size import QuantisedPart
 from bridge.peft.targets import Skipped
 from bridge.peft.text_table import size, table
 
@@ -34,6 +35,7 @@ class PlanRow:
         magnitudes: Rows whose magnitude DoRA trains; 0 without it.
         subtracts: Whether a frozen start is subtracted from the branch (PiSSA, OLoRA).
         trains_a: False where A stays as it was drawn (LoRA-FA).
+        quantised: How the base is quantised, and by what; None if it is not.
     """
 
     fqn: str
@@ -49,6 +51,7 @@ class PlanRow:
     magnitudes: int = 0
     trains_a: bool = True
     subtracts: bool = False
+    quantised: str | None = None
 
     @property
     def parameters(self) -> int:
@@ -98,7 +101,10 @@ class Plan:
     Attributes:
         rows: One per module to adapt, in the model's order.
         not_adapted: Linears, and what looks like one, that stay as they are, with the reason.
-        base_parameters: Parameters of the model before.
+        base_parameters: Parameters of the model before; a quantised weight counts as the matrix
+            that it stands for.
+        base_bytes: What the model takes before, scales of quantised weights included.
+        quantised: The quantised linears, adapted or not, by how they are quantised.
         trained_in_full: Modules trained beside the branches.
         notes: What the user should know before training.
     """
@@ -106,6 +112,8 @@ class Plan:
     rows: tuple[PlanRow, ...]
     not_adapted: tuple[Skipped, ...]
     base_parameters: int
+    base_bytes: int = 0
+    quantised: tuple[QuantisedPart, ...] = ()
     trained_in_full: tuple[TrainedRow, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -157,6 +165,7 @@ class Plan:
             "modules": len(self.rows),
             "trainable": self.trainable,
             "base_parameters": self.base_parameters,
+            "base_bytes": self.base_bytes,
             "share": self.share,
             "adapter_file_bytes": self.adapter_file_bytes,
             "optimizer_bytes": self.optimizer_bytes,
@@ -165,6 +174,7 @@ class Plan:
         skipped = [dataclasses.asdict(item) for item in self.not_adapted]
         return {
             "rows": rows,
+            "quantised": [dataclasses.asdict(part) for part in self.quantised],
             "trained_in_full": [dataclasses.asdict(row) for row in self.trained_in_full],
             "not_adapted": skipped,
             "notes": list(self.notes),
@@ -173,6 +183,14 @@ class Plan:
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
+
+    def _base_lines(self) -> Iterator[str]:
+        yield f"base {size(self.base_bytes)}"
+        for part in self.quantised:
+            yield (
+                f"of it {size(part.bytes)} in {part.modules} linears of {part.label}, "
+                f"{8 * part.bytes / part.parameters:.2f} bits a weight"
+            )
 
     def _lines(self) -> Iterator[str]:
         yield from table(
@@ -188,6 +206,7 @@ class Plan:
             f"adapter {size(self.adapter_file_bytes)}, AdamW state "
             f"{size(self.optimizer_bytes)}, +{self.flops_per_token:,} FLOPs per token (forward)"
         )
+        yield from self._base_lines()
         for row in self.trained_in_full:
             yield f"trained in full: {row.fqn} ({row.base_type}, {row.parameters:,} parameters)"
         for note in self.notes:
@@ -199,6 +218,10 @@ class Plan:
                 (_starred(item.fqn), item.base_type, item.reason) for item in self.not_adapted
             ).items():
                 yield f"  {name}{_times(count)} ({kind}): {reason}"
+
+
+def _kind(row: PlanRow) -> str:
+    return row.base_type if row.quantised is None else f"{row.base_type}, {row.quantised}"
 
 
 def _starred(fqn: str) -> str:
@@ -214,7 +237,7 @@ def _grouped(rows: tuple[PlanRow, ...]) -> Iterator[tuple[str, ...]]:
     groups: dict[tuple[Any, ...], list[PlanRow]] = {}
     for row in rows:
         shape = f"{row.out_features}×{row.in_features}"
-        key = (_starred(row.fqn), row.base_type, shape, row.dim, f"{row.scale:g}", row.path)
+        key = (_starred(row.fqn), _kind(row), shape, row.dim, f"{row.scale:g}", row.path)
         groups.setdefault(key, []).append(row)
     for (name, base_type, shape, dim, scale, path), members in groups.items():
         name = members[0].fqn if len(members) == 1 else f"{name}{_times(len(members))}"

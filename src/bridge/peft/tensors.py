@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from bridge.peft.errors import AdapterError
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -54,32 +51,6 @@ def sharded_like(full: Tensor, like: Tensor) -> Tensor:
         like.placements,
         src_data_rank=None,
     )
-
-
-def dense(weight: Tensor, scales: Tensor | None = None) -> Tensor:
-    """A base weight as it is multiplied with: a quantised one dequantised, another as it is.
-
-    Args:
-        weight: The weight, or what stands for it.
-        scales: Those of bitsandbytes' 8-bit rows, which the first forward moves off the weight.
-
-    Raises:
-        AdapterError: It is packed in a way that is not known here.
-    """
-    if (state := getattr(weight, "quant_state", None)) is not None:  # bitsandbytes, 4 bits
-        functional = importlib.import_module("bitsandbytes.functional")
-        return functional.dequantize_4bit(weight.data, state)
-    scales = getattr(weight, "SCB", None) if scales is None else scales
-    if scales is not None and weight.dtype == torch.int8:  # and 8 bits
-        return weight.data * (scales / 127).unsqueeze(1)
-    if not is_plain(weight) and hasattr(weight, "dequantize") and not is_sharded(weight):
-        return weight.dequantize()
-    if not weight.is_floating_point():
-        raise AdapterError(
-            f"the weight is packed as {weight.dtype} ({type(weight).__name__}), and its values are "
-            "not known here; adapt it without use_dora"
-        )
-    return weight
 
 
 def write_count(tensor: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -49,7 +50,8 @@ class LoRAMixin(CarriesFunctions):
         lora_b: B, `weight` of shape (out_features, dim).
         adapter_enabled: False while the branch is switched off; see `disable_adapters`.
         merged: True while the branch is folded into the base weight; see `merge`.
-        unmerged_weight: The base weight from before the merge, on the CPU, if it was kept.
+        unmerged_weight: The base weight from before the merge, on the CPU, if it was kept; of a
+            quantised layer all of its base (`branch.dense.SetAside`).
         on_call: Told of the next call of the layer, if anybody waits for it.
         bypassed: True if the model was run, and the layer's part of it, but never the layer.
     """
@@ -64,7 +66,7 @@ class LoRAMixin(CarriesFunctions):
     lora_b: LoRAMatrix
     adapter_enabled: bool
     merged: bool
-    unmerged_weight: Tensor | None
+    unmerged_weight: Any
     on_call: Callable[[LoRAMixin], None] | None = None
     bypassed: bool = False
 
@@ -97,14 +99,14 @@ class LoRAMixin(CarriesFunctions):
         """
         if taken := [name for name in BRANCH_ATTRIBUTES if hasattr(module, name)]:
             return f"its own attribute {taken[0]!r} would be overwritten by the adapter's"
-        weight: Tensor = module.weight  # pyright: ignore[reportAssignmentType]
+        weight = cls.weight_of(module)
         if isinstance(weight, UninitializedParameter):
             return "its shape is not known yet; run one forward of the model first"
         if is_sharded(weight) and (reason := cls.sharded_refusal(module)):
             return reason
         if weight.device.type == "meta" and "_hf_hook" in vars(module):
             return "its weight is offloaded; load the model without disk or CPU offload"
-        return foreign_patch(module)
+        return foreign_patch(module) or _layout_reason(cls, type(module))
 
     @classmethod
     def sharded_refusal(cls, module: nn.Module) -> str | None:
@@ -138,6 +140,11 @@ class LoRAMixin(CarriesFunctions):
     def features(cls, module: nn.Module) -> tuple[int, int]:
         """`(in_features, out_features)` of a module that this kind takes."""
         return module.in_features, module.out_features  # pyright: ignore[reportReturnType]
+
+    @classmethod
+    def weight_of(cls, module: nn.Module) -> Tensor:
+        """The tensor of a module that says where A and B lie and in which dtype: its weight."""
+        return module.weight  # pyright: ignore[reportReturnType]
 
     @classmethod
     def wrap(
@@ -338,7 +345,7 @@ class LoRAMixin(CarriesFunctions):
 
         Its class stays; `branch.patch` changes that.
         """
-        weight: Tensor = module.weight  # pyright: ignore[reportAssignmentType]
+        weight = cls.weight_of(module)
         placed: dict[str, Any] = {
             "device": weight.device,
             "dtype": options.resolve_dtype(weight.dtype),
@@ -390,6 +397,22 @@ class LoRAMixin(CarriesFunctions):
         LoRAMixin.attach_branch(obj, options)
         if isinstance(obj, LoRAMixin) and is_start(lora_A_init_method):
             obj.set_start(None)
+
+
+@functools.cache
+def _layout_reason(kind: type[nn.Module], base_type: type[nn.Module]) -> str | None:
+    """Why objects of a class cannot become an adapter's; None if they can."""
+    try:
+        blank = object.__new__(base_type)
+        blank.__class__ = type("Adapter", (kind, base_type), {})  # pyright: ignore
+    except TypeError:
+        if issubclass(kind, base_type):
+            return None
+        return (
+            "its class has a layout in memory of its own (a base class that is no nn.Module); wrap "
+            "it in LoRALinear"
+        )
+    return None
 
 
 def _has_hooks(matrix: LoRAMatrix) -> bool:

@@ -68,12 +68,12 @@ def patch_in_place(
     adapted = ReadLinearAdapter if plainly_read else adapted_class(type(module))
     wanted_grad = [p for p in module._parameters.values() if p is not None and p.requires_grad]
     _check_takes(adapted, module, options)
-    if options.use_dora and is_sharded(module.weight) and not is_data_parallel(module):
+    if options.use_dora and is_sharded(adapted.weight_of(module)) and not is_data_parallel(module):
         raise UnsupportedLinearError(f"cannot adapt {type(module).__name__}: {NOT_SHARDED}")
     method = options.lora_A_init_method
     starts_from_weight = is_start(method) and not isinstance(start, tuple)
     if starts_from_weight:
-        check_has_values(module.weight, method)  # pyright: ignore[reportArgumentType]
+        check_has_values(adapted.weight_of(module), method)
     adapted.attach_branch(module, options, start)
     module.__class__ = adapted  # pyright: ignore[reportAttributeAccessIssue]
     assert isinstance(module, LoRAMixin)
@@ -96,7 +96,7 @@ def patch_in_place(
             raise
     if module.magnitude is not None and not module.magnitude.is_set:
         module.reset_magnitude()
-    _renew_forward(module)
+    show_forward(module)
     return module
 
 
@@ -126,12 +126,16 @@ def take_branch_off(layer: LoRAMixin) -> nn.Module:
         layer._modules.pop(name, None)
         vars(layer).pop(name, None)
     layer.__class__ = layer.base_type  # pyright: ignore[reportAttributeAccessIssue]
-    _renew_forward(layer)
+    show_forward(layer)
     return layer
 
 
-def _renew_forward(module: nn.Module) -> None:
-    """Show whoever keeps the bound forward of a module that of its class as it is now."""
+def show_forward(module: nn.Module) -> None:
+    """Show whoever keeps the bound forward of a module that of its class as it is now.
+
+    Args:
+        module: Its class was changed.
+    """
     if "_hf_hook" in vars(module):  # accelerate's hooks
         vars(module)["_old_forward"] = type(module).forward.__get__(module)
     renew_forward(module)
@@ -155,7 +159,7 @@ def adapted_class(base_type: type[nn.Module]) -> type[LoRAMixin]:
     }
     if not plain:
         namespace["forward"] = LoRAMixin.forward
-    if isinstance(vars(base_type).get("weight"), property):
+    if isinstance(vars(base_type).get("weight"), property) and "forward" not in vars(base_type):
         # torch.nn.utils.parametrize deletes its properties from the very class of the module
         namespace |= {n: v for n, v in vars(base_type).items() if isinstance(v, property)}
         return type(f"{base_type.__name__}Adapter", (kind, *base_type.__bases__), namespace)

@@ -17,14 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from bridge.peft.branch.mixin import LoRAMixin
+from bridge.peft.branch.quantised.format import input_dtypes
+from bridge.peft.branch.quantised.table import format_of
 from bridge.peft.doctor.report import Check, some, verdict
 from bridge.peft.doctor.sample_inputs import sample_inputs
 from bridge.peft.dtypes import TRAINABLE_DTYPES, dtype_name
 from bridge.peft.errors import AdapterError
 from bridge.peft.formats.peft import read_adapter, write_adapter
 from bridge.peft.formats.peft.describe import adapter_of
-from bridge.peft.merging.in_memory import merge_weight
 from bridge.peft.merging.report import LOST
+from bridge.peft.merging.weight import merge_weight
 from bridge.peft.model.disable import disable_adapters
 from bridge.peft.model.participation import Watch
 from bridge.peft.ops.magnitude import row_squares
@@ -129,13 +131,21 @@ def _devices(layers: Layers) -> Check:
 
 def _finite_base(layers: Layers) -> Check:
     name = "NaN and inf in the base"
-    plain = {f: m.base_weight for f, m in layers.items() if _is_ordinary(m.base_weight)}
-    if not plain:
-        return Check(name, "skip", "the base is quantised or sharded")
-    bad = [fqn for fqn, weight in plain.items() if not all_finite(weight)]
+    parts = {f: tensors for f, m in layers.items() if (tensors := _values_of_base(m))}
+    if not parts:
+        return Check(name, "skip", "the base is sharded")
+    bad = [fqn for fqn, tensors in parts.items() if not all(map(all_finite, tensors))]
     fix = "download or load the base model again"
-    good = f"all weights of {len(plain)} modules are finite"
-    return verdict(name, bad, len(plain), "not finite in", fix, good=good)
+    good = f"all weights of {len(parts)} modules are finite"
+    return verdict(name, bad, len(parts), "not finite in", fix, good=good)
+
+
+def _values_of_base(layer: LoRAMixin) -> list[Tensor]:
+    """The weight, or of a quantised one the scales; empty if neither is at hand."""
+    if (form := format_of(layer)) is not None:
+        tensors = form.tensors(form.packed(layer))
+        return [t for t in tensors if t.dtype in TRAINABLE_DTYPES and not t.is_meta]
+    return [layer.base_weight] if _is_ordinary(layer.base_weight) else []
 
 
 def _no_op(layers: Layers) -> Check:
@@ -244,16 +254,8 @@ def _merge_forecast(layers: Layers) -> Check:
     name = "merge forecast"
     whole = {f: m for f, m in layers.items() if _is_mergeable(m)}
     if not whole:
-        return Check(name, "skip", "the base weights are quantised, sharded, computed or on meta")
-    unchanged = {
-        f: merge_weight(
-            m.oriented(m.base_weight),
-            *m.factors(),
-            m.scale,
-            magnitude=m.magnitude and m.magnitude.weight,
-        )[1].unchanged
-        for f, m in whole.items()
-    }
+        return Check(name, "skip", "the base weights are sharded, computed or on meta")
+    unchanged = {f: _forecast(m) for f, m in whole.items()}
     lost = [fqn for fqn, share in unchanged.items() if share > LOST]
     fix = "serve unmerged, or merge into float32 weights"
     good = f"rounding would leave at most {max(unchanged.values()):.1%} of a layer unchanged"
@@ -261,7 +263,21 @@ def _merge_forecast(layers: Layers) -> Check:
     return verdict(name, lost, len(whole), found, fix, good=good, status="warn")
 
 
+def _forecast(layer: LoRAMixin) -> float:
+    """The share of the update that a merge would lose; of a quantised base in bfloat16."""
+    weight = layer.dense_weight()
+    return merge_weight(
+        weight,
+        *layer.factors(),
+        layer.scale,
+        magnitude=layer.magnitude and layer.magnitude.weight,
+        dtype=torch.bfloat16 if format_of(layer) is not None else None,
+    )[1].unchanged
+
+
 def _is_mergeable(layer: LoRAMixin) -> bool:
+    if format_of(layer) is not None:
+        return all(map(all_finite, _ab(layer)))
     own = "weight" in layer.base._parameters and _is_ordinary(layer.base_weight)
     return own and layer.is_linear() and all(map(all_finite, _ab(layer)))
 
@@ -284,9 +300,9 @@ def _trained(layer: LoRAMixin) -> list[nn.Parameter]:
 
 
 def _input(layer: LoRAMixin) -> Tensor:
-    """Random rows in the dtype that the base takes: its weight's, or A's if that is packed."""
+    """Random rows in the dtype that the base takes: its weight's, or the likeliest if packed."""
     weight = layer.base_weight
-    dtype = weight.dtype if weight.dtype in TRAINABLE_DTYPES else layer.lora_a.weight.dtype
+    dtype = input_dtypes(layer)[0] if format_of(layer) is not None else weight.dtype
     return torch.randn(_ROWS, layer.input_width).to(weight.device, dtype)
 
 

@@ -13,6 +13,7 @@ MAX_SEED = 2**32 - 1  # the most that NumPy's generator, which transformers seed
 
 Schedule = Literal["cosine", "linear", "constant"]
 BaseDtype = Literal["float32", "bfloat16", "float16"]
+Quantise = Literal["nf4", "int8"]
 OnLong = Literal["error", "drop", "truncate"]
 Parallel = Literal["ddp", "fsdp", "tp"]
 
@@ -38,6 +39,7 @@ class TrainingOptions:
         max_length: Most tokens in a sample; default 1024, or the model's limit where lower.
         on_long: What to do with longer samples.
         dtype: Dtype of the base weights; default float32 on CPU and bfloat16 on CUDA.
+        quantize: Quantise the base's linears as they are loaded: nf4 (4 bits) or int8.
         seed: Seed of the adapter's start, the order of the data and dropout.
         gradient_checkpointing: Recompute activations in backward: less memory, about a fifth
             slower.
@@ -67,6 +69,7 @@ class TrainingOptions:
     max_length: int | None = None
     on_long: OnLong = "error"
     dtype: BaseDtype | None = None
+    quantize: Quantise | None = None
     seed: int = 0
     gradient_checkpointing: bool = False
     eval_share: float = 0.05
@@ -95,6 +98,7 @@ class TrainingOptions:
             "on_long": OnLong,
             "dtype": BaseDtype,
             "parallel": Parallel,
+            "quantize": Quantise,
         }
         for name, literal in choices.items():
             known = get_args(literal)

@@ -15,9 +15,10 @@ from bridge.peft.branch.functions.starts import (
     joined,
     start_of,
 )
+from bridge.peft.branch.quantised.table import dense_weight
 from bridge.peft.ops.dispatch import project
 from bridge.peft.ops.magnitude import row_norms, row_squares
-from bridge.peft.tensors import dense, full_tensor, is_sharded
+from bridge.peft.tensors import full_tensor, is_sharded
 
 
 class CarriesFunctions(nn.Module):
@@ -134,8 +135,7 @@ class CarriesFunctions(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """The weight that the base computes with: (out_features, in_features), floating, frozen."""
-        scales = getattr(getattr(self, "state", None), "SCB", None)
-        return self.oriented(dense(self.base_weight, scales).detach())
+        return self.oriented(dense_weight(self, self.base_weight))
 
     def oriented(self, weight: Tensor) -> Tensor:
         """A weight as (out_features, in_features); the layer says where it is stored otherwise."""

@@ -15,6 +15,7 @@ from bridge.peft.formats.peft.adapter_file import AdapterFile
 from bridge.peft.formats.peft.config import alpha_for, new_config, scale_of
 from bridge.peft.formats.peft.fingerprint import fingerprint
 from bridge.peft.formats.peft.names import choose_targets
+from bridge.peft.formats.peft.quantised_base import FIELD, quantised_groups
 from bridge.peft.formats.peft.saved_whole import whole_of
 from bridge.peft.model.participation import check_still_adapted
 from bridge.peft.model.walk import adapted_modules, base_modules, output_head, some_names, unwrap
@@ -45,6 +46,8 @@ def adapter_of(model: nn.Module) -> AdapterFile:
         extra["exceptions"] = exceptions
     extra["base"] = fingerprint(layers)
     magnitudes = _magnitudes(layers)
+    if groups := quantised_groups(root):
+        extra[FIELD] = groups
     whole, whole_fields = whole_of(root, layers, others)
     config = new_config(
         {fqn: file_rank(layer) for fqn, layer in layers.items()},

@@ -15,6 +15,7 @@ from bridge.peft.formats.files.atomic import current_path
 from bridge.peft.formats.files.untrusted import EXTRA_NAME, checked_path, read_json
 from bridge.peft.formats.peft.fields import is_dropout
 from bridge.peft.formats.peft.fingerprint import check_stored
+from bridge.peft.formats.peft.quantised_base import read_groups
 
 _CHOICES = {
     "dropout_position": get_args(DropoutPosition),
@@ -52,6 +53,7 @@ def check_extra(extra: Mapping[str, Any]) -> None:
     """
     _check_branch(extra, "")
     check_stored(extra.get("base", {}))
+    read_groups(extra)
     exceptions = extra.get("exceptions", {})
     if not isinstance(exceptions, dict):
         raise _wrong("exceptions", exceptions, "an object")

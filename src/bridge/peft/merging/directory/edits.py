@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -13,6 +13,12 @@ from bridge.peft.formats.model_directory import Checkpoint
 from bridge.peft.formats.peft import AdapterFile
 from bridge.peft.formats.peft.keys import is_embedding, is_head
 from bridge.peft.formats.peft.places import exchanged
+from bridge.peft.merging.directory.quantised import (
+    Quantised,
+    TrainedOn,
+    how_for,
+    others_to_quantise,
+)
 from bridge.peft.merging.directory.vocabulary import (
     check_ties,
     embedding_of,
@@ -37,6 +43,7 @@ class Edit:
         transposed: The tensor is stored as (in_features, out_features).
         replacement: The values that stand in for it.
         magnitude: What the rows of the sum are rescaled to, by DoRA.
+        quantised: How it was quantised when the adapter was trained.
     """
 
     fqn: str
@@ -44,6 +51,7 @@ class Edit:
     transposed: bool = False
     replacement: Tensor | None = None
     magnitude: Tensor | None = None
+    quantised: Quantised | None = None
 
 
 @dataclass(frozen=True)
@@ -63,12 +71,15 @@ class Edits:
     vocabulary: tuple[int, int] | None = None
 
 
-def plan_edits(checkpoint: Checkpoint, adapters: _Adapters, *, untie: bool) -> Edits:
+def plan_edits(
+    checkpoint: Checkpoint, adapters: _Adapters, base: TrainedOn | None = None, *, untie: bool
+) -> Edits:
     """Find the checkpoint's tensors that the adapters change.
 
     Args:
         checkpoint: The base model.
         adapters: Each with its weight in the sum.
+        base: What of it was quantised when they were trained.
         untie: Give a tied head a tensor of its own instead of refusing.
 
     Raises:
@@ -104,7 +115,15 @@ def plan_edits(checkpoint: Checkpoint, adapters: _Adapters, *, untie: bool) -> E
             edit = _replacement(name, entry, whole[name])
         else:
             edit = _update(name.removesuffix(".weight"), entry, adapters, any_turned=any_turned)
+            if base is not None:
+                how = how_for(base, name.removesuffix(".weight"), entry)
+                edit = replace(edit, quantised=how)
         edits[keys.get(name, name)] = edit
+    if base is not None:
+        turned = any(edit.transposed for edit in edits.values())
+        for key, how in others_to_quantise(base, keys, entries):
+            if key not in edits:
+                edits[key] = Edit(key, transposed=turned, quantised=how)
     check_ties(checkpoint, whole, alike)
     heads = [name for name in shapes if is_head(name) and name not in alike]
     return Edits(
@@ -234,6 +253,6 @@ def _not_found(missing: Collection[str], count: int, entries: Collection[str]) -
 
 def _quantised(fqn: str, dtype: str) -> AdapterError:
     return AdapterError(
-        f"{fqn} is quantised in the checkpoint ({dtype}, not one of {', '.join(FLOATING)}); merge "
-        "into the unquantised base model"
+        f"{fqn} is quantised in the checkpoint ({dtype}, not one of {', '.join(FLOATING)}); load "
+        "the model and the adapter in Python, merge(model) and save_pretrained"
     )

@@ -110,8 +110,14 @@ def _row(target: Target, entry: Entry) -> tuple[torch.dtype, int, int]:
 
 
 def _cut(target: Target) -> Iterator[tuple[slice, int]]:
-    """Cut a tensor into pieces of whole rows, each with the bytes that it takes."""
+    """Cut a tensor into pieces of whole rows, each with the bytes that it takes.
+
+    One that was quantised is a single piece: its scales may be of all of it.
+    """
     _, columns, size = _row(target, target.entry)
+    if target.edit is not None and target.edit.quantised is not None:
+        yield slice(0, target.entry.size // size), target.entry.size
+        return
     for rows in row_blocks(target.entry.size // size, columns, together=_PIECE):
         yield rows, (rows.stop - rows.start) * size
 
@@ -148,7 +154,7 @@ class _Files:
 
     def update(self, target: Target, dtype: torch.dtype) -> Update | None:
         """What is added to a tensor, if anything is; DoRA's norms take a pass over the base."""
-        if target.edit is None or target.edit.replacement is not None:
+        if target.edit is None or not target.edit.terms:
             return None
         for entry in (target.entry, target.source):
             dtype = torch.promote_types(dtype, FLOATING[entry.dtype])
@@ -171,7 +177,12 @@ class _Files:
                 file.fileno(), before + length, access=mmap.ACCESS_COPY, offset=start - before
             )
         count = length // dtype.itemsize
-        return torch.frombuffer(mapped, dtype=dtype, count=count, offset=before).view(-1, columns)
+        values = torch.frombuffer(mapped, dtype=dtype, count=count, offset=before).view(-1, columns)
+        if target.edit is None or (how := target.edit.quantised) is None:
+            return values
+        if target.edit.transposed:
+            return how.dense(values.t().contiguous()).t().contiguous()
+        return how.dense(values)
 
 
 def _merge(target: Target, base: Tensor, update: Update, rows: slice, out: Tensor) -> Rounding:

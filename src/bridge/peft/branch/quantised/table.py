@@ -9,7 +9,9 @@ from bridge.peft.branch.quantised.format import Format, byte_size
 from bridge.peft.branch.quantised.opaque import Opaque
 from bridge.peft.branch.quantised.scaled_float8 import BlockFloat8
 from bridge.peft.branch.quantised.subclasses import Subclass
+from bridge.peft.dtypes import TRAINABLE_DTYPES
 from bridge.peft.errors import AdapterError
+from bridge.peft.tensors import is_plain
 
 #: Most specific first: the first that holds a module is its format.
 FORMATS: tuple[Format, ...] = (FourBit(), EightBit(), Subclass(), BlockFloat8(), Opaque())
@@ -35,11 +37,14 @@ def dense_weight(module: nn.Module, weight: Tensor | None = None) -> Tensor:
     Raises:
         AdapterError: It is packed in a way that is not known here.
     """
-    if (found := format_of(module)) is not None:
-        return found.dense(found.packed(module))
     if weight is None:
         own = module._parameters.get("weight")
-        weight = module.weight if own is None else own  # pyright: ignore[reportAssignmentType]
+        weight = getattr(module, "weight", None) if own is None else own
+    # asked first, so that a compiler need not look further
+    if weight is not None and is_plain(weight) and weight.dtype in TRAINABLE_DTYPES:
+        return weight.detach()
+    if (found := format_of(module)) is not None:
+        return found.dense(found.packed(module))
     assert weight is not None
     if not weight.is_floating_point():
         raise AdapterError(

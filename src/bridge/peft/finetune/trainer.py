@@ -217,17 +217,20 @@ class AdapterTrainer(SFTTrainer):
             "scaler": None if scaler is None else scaler.state_dict(),
         }
         name, partial = f"checkpoint-{self.state.global_step}", self._root / PARTIAL
-        with told_together():
-            if self.args.should_save:
+        try:
+            with told_together():
+                if self.args.should_save:
+                    shutil.rmtree(partial, ignore_errors=True)
+                    (partial / name).mkdir(parents=True)
+            self.save_adapter_to(partial / name)
+            with told_together():
+                if self.args.should_save:
+                    write_state(partial / name, state)
+                    self.state.save_to_json(str(partial / name / TRAINER_STATE_NAME))
+                    publish(partial / name, self._root / name, keep=self._keep)
+        finally:
+            if self.args.should_save:  # a disk that is full gets the space back
                 shutil.rmtree(partial, ignore_errors=True)
-                (partial / name).mkdir(parents=True)
-        self.save_adapter_to(partial / name)
-        with told_together():
-            if self.args.should_save:
-                write_state(partial / name, state)
-                self.state.save_to_json(str(partial / name / TRAINER_STATE_NAME))
-                publish(partial / name, self._root / name, keep=self._keep)
-                shutil.rmtree(partial)
 
 
 @contextlib.contextmanager

@@ -49,7 +49,6 @@ NOT_HONOURED = {
     "use_dora": True,
     "lora_bias": True,
     "use_qalora": True,
-    "target_parameters": ["first.weight"],
     "trainable_token_indices": [1, 2],
     "alora_invocation_tokens": [5],
     "layer_replication": [[0, 4], [2, 5]],

@@ -18,7 +18,7 @@ from bridge.peft.text_table import size, table
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRow:
-    """One module to adapt.
+    """One module, or one parameter, to adapt.
 
     Attributes:
         fqn: Fully qualified name.
@@ -31,6 +31,8 @@ class PlanRow:
         dtype: Dtype of A and B.
         path: Which path computes the layer.
         reason: Why that path.
+        stack: How many matrices of that shape there are: the experts of a parameter, else 1.
+        used: How many of them a token meets.
     """
 
     fqn: str
@@ -43,16 +45,18 @@ class PlanRow:
     dtype: torch.dtype
     path: str
     reason: str
+    stack: int = 1
+    used: int = 1
 
     @property
     def trainable(self) -> int:
         """Parameters of A and B together."""
-        return self.dim * (self.in_features + self.out_features)
+        return self.stack * self.dim * (self.in_features + self.out_features)
 
     @property
     def flops_per_token(self) -> int:
         """Multiplications and additions that the branch adds to one token's forward."""
-        return 2 * self.trainable
+        return 2 * self.used * self.trainable // self.stack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +196,8 @@ def _grouped(rows: tuple[PlanRow, ...]) -> Iterator[tuple[str, ...]]:
     groups: dict[tuple[Any, ...], list[PlanRow]] = {}
     for row in rows:
         shape = f"{row.out_features}×{row.in_features}"
+        if row.stack > 1:
+            shape = f"{row.stack} of {shape}"
         key = (_starred(row.fqn), row.base_type, shape, row.dim, f"{row.scale:g}", row.path)
         groups.setdefault(key, []).append(row)
     for (name, base_type, shape, dim, scale, path), members in groups.items():

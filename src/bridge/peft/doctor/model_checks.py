@@ -240,7 +240,7 @@ def _merge_forecast(layers: Layers) -> Check:
 
 
 def _is_mergeable(layer: LoRAMixin) -> bool:
-    own = "weight" in layer.base._parameters and _is_ordinary(layer.base_weight)
+    own = layer.weight_name in layer.base._parameters and _is_ordinary(layer.base_weight)
     return own and layer.is_linear() and all(map(all_finite, _ab(layer)))
 
 

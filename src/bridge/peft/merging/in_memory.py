@@ -45,7 +45,7 @@ def merge_weight(
     """`W + scale · B A`, computed in `compute_dtype` and rounded once to the dtype of W.
 
     Args:
-        weight: W, (out_features, in_features).
+        weight: W, (out_features, in_features), or (experts, …) of a stack; A and B are then, too.
         lora_a: A, (dim, in_features).
         lora_b: B, (out_features, dim).
         scale: Factor of the branch.
@@ -57,12 +57,19 @@ def merge_weight(
     """
     weight = weight.detach()
     compute_dtype = torch.promote_types(compute_dtype, weight.dtype)
-    update = Update.of([(lora_a, lora_b, scale)], dtype=compute_dtype, device=weight.device)
     merged = torch.empty_like(weight)
+    updates: list[Update] = []
     rounding = Rounding()
-    for rows in row_blocks(*weight.shape, device=weight.device):
-        rounding += merge_rows(weight[rows], update, rows, merged[rows])
-    return merged, MergeRow.of(fqn, rounding, update)
+    for matrix, out, a, b in zip(*map(_matrices, (weight, merged, lora_a, lora_b)), strict=True):
+        update = Update.of([(a, b, scale)], dtype=compute_dtype, device=weight.device)
+        for rows in row_blocks(*matrix.shape, device=weight.device):
+            rounding += merge_rows(matrix[rows], update, rows, out[rows])
+        updates.append(update)
+    return merged, MergeRow.of(fqn, rounding, *updates)
+
+
+def _matrices(tensor: Tensor) -> Tensor | tuple[Tensor, ...]:
+    return tensor if tensor.dim() == 3 else (tensor,)
 
 
 @torch.no_grad()
@@ -109,7 +116,8 @@ def merge(
     for fqn, layer in layers:
         _check_finite(fqn, layer, compute_dtype)
     for layer in tied:
-        layer.base.weight = nn.Parameter(layer.base_weight.detach().clone(), requires_grad=False)
+        own = nn.Parameter(layer.base_weight.detach().clone(), requires_grad=False)
+        setattr(layer.base, layer.weight_name, own)
         forget_tie(unwrap(model))
     rows: list[MergeRow] = []
     try:
@@ -207,7 +215,7 @@ def _check_mergeable(fqn: str, layer: LoRAMixin) -> None:
     if layer.merged:
         raise AdapterError(f"{fqn} is merged already; unmerge(model) first")
     _check_enabled(fqn, layer)
-    if "weight" not in layer.base._parameters:
+    if layer.weight_name not in layer.base._parameters:
         raise AdapterError(
             f"the weight of {fqn} is computed from other parameters (pruning, weight or spectral "
             "norm, a parametrization); make it a plain nn.Parameter first (prune.remove, "

@@ -105,9 +105,9 @@ def lora_linear(
     Returns:
         (..., out_features), in the dtype of ``F.linear(x, weight, bias)``; autocast included.
     """
-    x, weight, bias, lora_a, lora_b = _autocast(x, weight, bias, lora_a, lora_b)
-    lora_a, lora_b = _for_products(x, lora_a, lora_b)
-    path = choose_path(x, weight, bias, lora_a, lora_b, trains_a_and_b=_trains(lora_a, lora_b))
+    x, weight, bias, lora_a, lora_b = autocast(x, weight, bias, lora_a, lora_b)
+    lora_a, lora_b = for_products(x, lora_a, lora_b)
+    path = choose_path(x, weight, bias, lora_a, lora_b, trains_a_and_b=trains(lora_a, lora_b))
     if path.name == "reference":
         drop = _reference_dropout(x, lora_b, dropout, dropout_position, path, shard)
         return lora_linear_reference(x, weight, bias, lora_a, lora_b, scale, *drop)
@@ -134,8 +134,8 @@ def lora_add(
     ``shard`` says which mask is drawn, see `draw_seed`.
     """
     x, lora_a, lora_b = cast_for_products(x, lora_a, lora_b)
-    trains = _trains(lora_a, lora_b)
-    path = choose_path(base_out, x, lora_a, lora_b, plain_linear=False, trains_a_and_b=trains)
+    both = trains(lora_a, lora_b)
+    path = choose_path(base_out, x, lora_a, lora_b, plain_linear=False, trains_a_and_b=both)
     if path.name == "reference":
         drop = _reference_dropout(x, lora_b, dropout, dropout_position, path, shard)
         out = lora_branch_reference(x, lora_a, lora_b, scale, *drop)
@@ -152,11 +152,11 @@ def cast_for_products(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor
 
     Args as in `lora_add`.
     """
-    x, lora_a, lora_b = _autocast(x, lora_a, lora_b)
-    return x, *_for_products(x, lora_a, lora_b)
+    x, lora_a, lora_b = autocast(x, lora_a, lora_b)
+    return x, *for_products(x, lora_a, lora_b)
 
 
-def _trains(lora_a: Tensor, lora_b: Tensor) -> bool:
+def trains(lora_a: Tensor, lora_b: Tensor) -> bool:
     """Whether A and B both want gradients, or nothing does."""
     return not torch.is_grad_enabled() or (lora_a.requires_grad and lora_b.requires_grad)
 
@@ -179,7 +179,7 @@ def _reference_dropout(
     return 1.0 - mask.keep_probability, position, kept
 
 
-def _for_products(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
+def for_products(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
     """A and B as they are multiplied with x: float32 ones in bfloat16 where x is, as autocast does.
 
     What they add to y and dx is rounded to bfloat16 anyway, and the wide tensors need no copies in
@@ -197,7 +197,7 @@ def _has_bfloat16(device: str) -> bool:
     return device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:
+def autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:
     """Cast what ``F.linear`` would cast under autocast, outside of the autograd function."""
     if not torch._C._is_any_autocast_enabled():  # the usual case, told by one call
         return x, *others

@@ -72,6 +72,7 @@ def plan_edits(checkpoint: Checkpoint, adapters: _Adapters, *, untie: bool) -> E
     Raises:
         AdapterError: A module is not in the checkpoint, has another shape, is quantised or tied.
     """
+    _check_no_stacks(adapters)
     entries, whole = checkpoint.entries(), _whole_tensors(adapters)
     alike = heads_alike(whole)
     for name in alike:
@@ -110,6 +111,16 @@ def plan_edits(checkpoint: Checkpoint, adapters: _Adapters, *, untie: bool) -> E
         heads_differ=bool(heads),
         vocabulary=new_vocabulary(found, whole, entries, edits),
     )
+
+
+def _check_no_stacks(adapters: _Adapters) -> None:
+    for adapter, _ in adapters:
+        if adapter.parameters:
+            raise AdapterError(
+                f"an adapter adapts {min(adapter.parameters)}, experts in one parameter, which a "
+                "model directory may hold apart; load the model and the adapter in Python, and "
+                "merge(model), or save the adapter with save_adapter(…, experts='separate')"
+            )
 
 
 def _shapes(adapters: _Adapters) -> dict[str, tuple[int, ...]]:

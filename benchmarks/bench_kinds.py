@@ -4,7 +4,7 @@ Each case is a function that gives steps by name, `frozen` among them; `@case` p
 table. Every step is timed once a round in random order, in one process; a figure is the median over
 rounds of a step's time over the frozen one's of the same round.
 
-    python benchmarks/bench_kinds.py [--quick] [--only dora]
+    python benchmarks/bench_kinds.py [--quick] [--only dora|quantised|experts]
 
 writes kinds.csv and kinds.md to benchmarks/results (kinds_quick.* with --quick).
 """
@@ -147,6 +147,81 @@ def _quantised_by_peft(base: nn.Linear, shape: Case) -> nn.Module:
 case("quantised, bitsandbytes nf4")(lambda quick: quantised_steps(_nf4, quick))
 case("quantised, bitsandbytes int8")(lambda quick: quantised_steps(_int8, quick))
 case("quantised, torchao int8")(lambda quick: quantised_steps(_torchao_int8, quick))
+
+
+def experts_steps(how: str, quick: bool, dropout: float) -> Steps:
+    """16 experts of 512 × 768, two a token, 2048 tokens, rank 16, float32, computed in one way.
+
+    PEFT has no dropout there; its own step without it stands beside ours with it.
+    """
+    tokens, experts = (256, 4) if quick else (2048, 16)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, 512, generator=generator, requires_grad=True)
+    index = torch.rand(tokens, experts, generator=generator).topk(2).indices
+    arguments = (x, index, torch.full((tokens, 2), 0.5))
+    models = {
+        "frozen": _experts(how, experts),
+        "ours": _experts_by_us(_experts(how, experts), dropout),
+        "peft": _experts_by_peft(_experts(how, experts)),
+    }
+    return {name: lambda m=m: _experts_step(m, x, arguments) for name, m in models.items()}
+
+
+case("experts, one by one", goal=1.15)(lambda quick: experts_steps("eager", quick, 0.0))
+case("experts, grouped", goal=1.15)(lambda quick: experts_steps("grouped_mm", quick, 0.0))
+case("experts, grouped, dropout 0.1")(lambda quick: experts_steps("grouped_mm", quick, 0.1))
+
+
+class _Holder(nn.Module):
+    """Experts below another module, since PEFT adapts no parameter of the model itself."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, *arguments: Any) -> Any:
+        return self.experts(*arguments)
+
+
+_EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+def _experts(how: str, count: int) -> nn.Module:
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    config = Qwen3MoeConfig(hidden_size=512, moe_intermediate_size=768, num_experts=count)
+    config._experts_implementation = how
+    module = Qwen3MoeExperts(config)
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return _Holder(module).requires_grad_(False)
+
+
+def _experts_by_us(model: nn.Module, dropout: float) -> nn.Module:
+    recipe = LoRA(target_modules=(), target_parameters=_EXPERTS, dim=16, dropout=dropout)
+    return _with_b(recipe(model), "lora_b")
+
+
+def _experts_by_peft(model: nn.Module) -> nn.Module:
+    import peft
+
+    config = peft.LoraConfig(r=16, target_modules=[], target_parameters=_EXPERTS)
+    return _with_b(peft.get_peft_model(model, config), "lora_B")  # pyright: ignore
+
+
+def _with_b(model: nn.Module, name: str) -> nn.Module:
+    for fqn, parameter in model.named_parameters():
+        if name in fqn:
+            nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def _experts_step(model: nn.Module, x: torch.Tensor, arguments: tuple[Any, ...]) -> None:
+    x.grad = None
+    model.zero_grad(set_to_none=True)
+    model(*arguments).backward(torch.ones_like(x))
 
 
 def measure(kind: Kind, *, quick: bool, budget: float) -> list[dict[str, Any]]:

@@ -48,7 +48,6 @@ def directory(tmp_path):
 NOT_HONOURED = {
     "lora_bias": True,
     "use_qalora": True,
-    "target_parameters": ["first.weight"],
     "trainable_token_indices": [1, 2],
     "alora_invocation_tokens": [5],
     "layer_replication": [[0, 4], [2, 5]],

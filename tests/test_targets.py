@@ -152,7 +152,8 @@ def test_a_linear_itself_can_be_the_model():
 def test_what_looks_like_a_linear_and_is_none_is_listed():
     plan = LoRA().plan(models.mixtral())
     reasons = {s.fqn: s.reason for s in plan.not_adapted}
-    assert "gate_up_proj" in reasons["model.layers.0.mlp.experts"]
+    found = reasons["model.layers.0.mlp.experts.gate_up_proj"]
+    assert "frozen; target_parameters=['experts.gate_up_proj'] adapts it" in found
     attention = nn.ModuleDict({"mha": nn.MultiheadAttention(4, 2), "fc": nn.Linear(4, 4)})
     reasons = {s.fqn: s.reason for s in LoRA().plan(attention).not_adapted}
     assert "in_proj_weight" in reasons["mha"] and "MultiheadAttention" in reasons["mha.out_proj"]

@@ -13,6 +13,11 @@ from torch import Tensor, nn
 
 from bridge.peft.branch.functions.starts import is_subtracted
 from bridge.peft.branch.initializers import derive_seed
+from bridge.peft.branch.kinds.experts import (
+    PARAMETER_PATH,
+    experts_per_token,
+    parameter_features,
+)
 from bridge.peft.branch.kinds.read_linear import READ
 from bridge.peft.branch.options import (
     BranchOptions,
@@ -30,11 +35,12 @@ from bridge.peft.model.participation import check_still_adapted
 from bridge.peft.model.pretrained import random_modules
 from bridge.peft.model.size import model_size
 from bridge.peft.model.trained_parameters import check_can_be_trained
-from bridge.peft.model.walk import adapted_modules, some_names, unwrap
+from bridge.peft.model.walk import adapted_modules, some_names, state_prefix, unwrap
 from bridge.peft.model.weight_reads import read_weights
 from bridge.peft.ops.dispatch import ComputePath, choose_path
 from bridge.peft.parallel.fsdp import reshard
 from bridge.peft.parallel.layout import agreed_seed
+from bridge.peft.parameter_targets import match_parameters
 from bridge.peft.plan import Plan, PlanRow, TrainedRow
 from bridge.peft.targets import (
     ALL_LINEAR,
@@ -48,6 +54,8 @@ from bridge.peft.targets import (
 from bridge.peft.tensors import is_plain, is_sharded
 
 Model = TypeVar("Model", bound=nn.Module)
+#: The fields that hold entries.
+_ENTRIES = ("target_modules", "target_parameters", "exclude_modules", "modules_to_train")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +65,8 @@ class LoRA:
     Attributes:
         target_modules: Names (`"q_proj"`), wildcards (`"*.layers.0.*.q_proj"`), regexes
             (`"re:.*_proj"`), or `"all-linear"`: every linear but the output head.
+        target_parameters: Entries of the same kinds for parameters that modules multiply with
+            themselves: experts in one stack (`"experts.gate_up_proj"`), a router's weight.
         exclude_modules: Entries of the same kinds, to leave alone.
         dim: Rank of the update.
         alpha: Scaling numerator; `scale = alpha / dim`.
@@ -82,6 +92,7 @@ class LoRA:
     """
 
     target_modules: str | Sequence[str] = ALL_LINEAR
+    target_parameters: Sequence[str] = ()
     exclude_modules: Sequence[str] = ()
     dim: int = 32
     alpha: float = 32
@@ -98,10 +109,9 @@ class LoRA:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "target_modules", _entries(self, "target_modules"))
-        object.__setattr__(self, "exclude_modules", _entries(self, "exclude_modules"))
-        object.__setattr__(self, "modules_to_train", _entries(self, "modules_to_train"))
-        if not self.target_modules:
+        for name in _ENTRIES:
+            object.__setattr__(self, name, _entries(self, name))
+        if not self.target_modules and not self.target_parameters:
             raise AdapterError(f"target_modules is empty; pass names or {ALL_LINEAR!r}")
         for name in ("rank_pattern", "alpha_pattern"):
             if not isinstance(pattern := getattr(self, name), Mapping):
@@ -194,7 +204,7 @@ class LoRA:
         adapt_in_place(
             root,
             [
-                Planned(c.fqn, c.module, self.options_for(c), derive_seed(seed, c.fqn))
+                Planned(c.fqn, c.module, self.options_for(c), derive_seed(seed, c.fqn), c.parameter)
                 for c in chosen
             ],
             [candidate.module for candidate in trained],
@@ -213,12 +223,19 @@ class LoRA:
                 alone |= dict.fromkeys(module.modules(), "its weight is from no checkpoint")
         for candidate in trained:
             alone |= dict.fromkeys(candidate.module.modules(), "trained in full")
-        chosen, skipped = match_targets(model, self.target_modules, self.exclude_modules, alone)
+        stacks, frozen, exclude = match_parameters(
+            model, self.target_parameters, self.exclude_modules, alone
+        )
+        chosen, skipped = [], []
+        if self.target_modules:
+            chosen, skipped = match_targets(model, self.target_modules, exclude, alone)
+        chosen, skipped = chosen + stacks, skipped + frozen
         for name, pattern in (("rank", self.rank_pattern), ("alpha", self.alpha_pattern)):
             for entry in pattern:
                 if not any(candidate.matches(entry) for candidate in chosen):
+                    what = "targets" if stacks else "linears"
                     raise TargetError(
-                        f"{name}_pattern entry {entry!r} matches none of the {len(chosen)} linears "
+                        f"{name}_pattern entry {entry!r} matches none of the {len(chosen)} {what} "
                         f"to adapt{did_you_mean(entry, chosen)}"
                     )
         return chosen, skipped, trained
@@ -254,6 +271,8 @@ class LoRA:
     def _row(self, candidate: Candidate, read: Mapping[nn.Module, Sequence[nn.Module]]) -> PlanRow:
         options = self.options_for(candidate)
         module, weight = candidate.module, _weight(candidate)
+        if candidate.parameter:
+            return _parameter_row(candidate, options)
         adapted = adapted_class(type(module))
         plain = adapted.plain_forward and (is_plain(weight) or is_sharded(weight))
         path = choose_path(weight if is_plain(weight) and plain else None, plain_linear=plain)
@@ -293,7 +312,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     check_still_adapted(unwrap(model))
     reshard(model)
     return {
-        f"{fqn}.{name}".lstrip("."): tensor
+        f"{state_prefix(fqn, module)}.{name}".lstrip("."): tensor
         for fqn, module in adapted_modules(model)
         for name, tensor in module.whole_parameters().items()
     }
@@ -331,9 +350,31 @@ def _trained_row(candidate: Candidate) -> TrainedRow:
     )
 
 
+def _parameter_row(candidate: Candidate, options: BranchOptions) -> PlanRow:
+    module, weight = candidate.module, _weight(candidate)
+    n_in, n_out = parameter_features(module, candidate.parameter)
+    stack = weight.shape[0] if weight.dim() == 3 else 1
+    return PlanRow(
+        fqn=candidate.fqn,
+        base_type=type(module).__name__,
+        in_features=n_in,
+        out_features=n_out,
+        dim=options.dim,
+        alpha=options.alpha,
+        scale=options.scale,
+        dtype=options.resolve_dtype(weight.dtype),
+        path=PARAMETER_PATH.name,
+        reason=PARAMETER_PATH.reason,
+        stack=stack,
+        used=min(stack, experts_per_token(module)) if stack > 1 else 1,
+    )
+
+
 def _first_match(pattern: Mapping[str, Any], candidate: Candidate, default: Any) -> Any:
     return next((value for key, value in pattern.items() if candidate.matches(key)), default)
 
 
 def _weight(candidate: Candidate) -> Tensor:
+    if candidate.parameter:
+        return getattr(candidate.module, candidate.parameter)
     return adapted_class(type(candidate.module)).weight_of(candidate.module)

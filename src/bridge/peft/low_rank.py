@@ -30,8 +30,8 @@ def truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def singular_values(a: Tensor, b: Tensor) -> Tensor:
     """The min(r, in_features, out_features) singular values of `B A`, largest first, in float64."""
     r = torch.linalg.qr(b.double(), mode="r").R
-    s = torch.linalg.qr(a.double().T, mode="r").R
-    return torch.linalg.svdvals(r @ s.T)
+    s = torch.linalg.qr(a.double().mT, mode="r").R
+    return torch.linalg.svdvals(r @ s.mT)
 
 
 def norm(a: Tensor, b: Tensor) -> float:
@@ -45,16 +45,24 @@ def norm(a: Tensor, b: Tensor) -> float:
 
 
 def kept_energy(a: Tensor, b: Tensor, rank: int) -> float:
-    """Share of the squared singular values of `B A` in the `rank` largest; 1 for a zero update."""
-    if rank >= a.shape[0]:
+    """Share of the squared singular values of `B A` in the `rank` largest; 1 for a zero update.
+
+    Of a stack of them, the share in the `rank` largest of each.
+    """
+    if rank >= a.shape[-2]:
         return 1.0
     squares = singular_values(a, b).square()
     total = float(squares.sum())
-    return float(squares[:rank].sum()) / total if total else 1.0
+    return float(squares[..., :rank].sum()) / total if total else 1.0
 
 
 def used_rank(a: Tensor, b: Tensor, energy: float = 0.99) -> int:
-    """The smallest rank that holds `energy`, a share, of the squared singular values of `B A`."""
+    """The smallest rank that holds `energy`, a share, of the squared singular values of `B A`.
+
+    Of a stack of them, the largest of these ranks.
+    """
+    if a.dim() == 3:
+        return max(used_rank(*pair, energy) for pair in zip(a, b, strict=True))
     squares = singular_values(a, b).square()
     total = float(squares.sum())
     if total == 0.0:

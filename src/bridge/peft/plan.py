@@ -19,7 +19,7 @@ from bridge.peft.text_table import size, table
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRow:
-    """One module to adapt.
+    """One module, or one parameter, to adapt.
 
     Attributes:
         fqn: Fully qualified name.
@@ -36,6 +36,8 @@ class PlanRow:
         subtracts: Whether a frozen start is subtracted from the branch (PiSSA, OLoRA).
         trains_a: False where A stays as it was drawn (LoRA-FA).
         quantised: How the base is quantised, and by what; None if it is not.
+        stack: How many matrices of that shape there are: the experts of a parameter, else 1.
+        used: How many of them a token meets.
     """
 
     fqn: str
@@ -52,11 +54,13 @@ class PlanRow:
     trains_a: bool = True
     subtracts: bool = False
     quantised: str | None = None
+    stack: int = 1
+    used: int = 1
 
     @property
     def parameters(self) -> int:
         """Parameters of A and B together, of the start that is subtracted, and of DoRA's m."""
-        return self._products + self.magnitudes
+        return self.stack * self._products + self.magnitudes
 
     @property
     def _products(self) -> int:
@@ -66,7 +70,7 @@ class PlanRow:
     def trainable(self) -> int:
         """Those that are trained: all but the start, and A where it is frozen."""
         of_a = self.dim * self.in_features if self.trains_a else 0
-        return of_a + self.dim * self.out_features + self.magnitudes
+        return self.stack * (of_a + self.dim * self.out_features) + self.magnitudes
 
     @property
     def flops_per_token(self) -> int:
@@ -74,7 +78,7 @@ class PlanRow:
 
         DoRA's rescaling counts as one for each element; its norms are not for each token.
         """
-        return 2 * self._products + self.magnitudes
+        return 2 * self.used * self._products + self.magnitudes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +241,8 @@ def _grouped(rows: tuple[PlanRow, ...]) -> Iterator[tuple[str, ...]]:
     groups: dict[tuple[Any, ...], list[PlanRow]] = {}
     for row in rows:
         shape = f"{row.out_features}×{row.in_features}"
+        if row.stack > 1:
+            shape = f"{row.stack} of {shape}"
         key = (_starred(row.fqn), _kind(row), shape, row.dim, f"{row.scale:g}", row.path)
         groups.setdefault(key, []).append(row)
     for (name, base_type, shape, dim, scale, path), members in groups.items():

@@ -114,7 +114,7 @@ def resize(adapter: AdapterFile, dim: int, *, seed: int = 0) -> tuple[AdapterFil
     for fqn, (a, b) in adapter.tensors.items():
         method = branch_settings(extra, fqn, 0.0)["lora_A_init_method"]
         tensors[fqn] = _resized(a, b, dim, method, derive_seed(seed, fqn))
-        old, full, energy = a.shape[0], min(a.shape[1], b.shape[0]), kept_energy(a, b, dim)
+        old, full, energy = a.shape[-2], min(a.shape[-1], b.shape[-2]), kept_energy(a, b, dim)
         rows.append(ResizeRow(fqn=fqn, old_dim=old, dim=dim, energy=energy, full_dim=full))
     rslora = adapter.parsed.use_rslora
     alphas = {fqn: alpha_for(adapter.scale(fqn), dim, rslora) for fqn in tensors}
@@ -137,6 +137,11 @@ def _without_start(branch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _resized(a: Tensor, b: Tensor, dim: int, method: str, seed: int) -> tuple[Tensor, Tensor]:
+    if a.dim() == 3:  # each expert with a seed of its own
+        pairs = [
+            _resized(*ab, dim, method, seed ^ e) for e, ab in enumerate(zip(a, b, strict=True))
+        ]
+        return torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
     if dim < a.shape[0]:
         a, b = truncated(a, b, min(dim, a.shape[1], b.shape[0]))
     missing = dim - a.shape[0]  # also where the module is narrower than the rank

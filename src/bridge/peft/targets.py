@@ -28,17 +28,19 @@ _HEAD_NAMES = frozenset(
 
 @dataclass(frozen=True)
 class Candidate:
-    """A module under all the names that reach it.
+    """A module, or a parameter of one, under all the names that reach it.
 
     Attributes:
         fqn: Its first fully qualified name.
         module: The module.
         names: All its fully qualified names, the first included.
+        parameter: The name in the module of the parameter that is meant; empty for the module.
     """
 
     fqn: str
     module: nn.Module
     names: tuple[str, ...]
+    parameter: str = ""
 
     def matches(self, entry: str) -> bool:
         """Whether any of the names matches `entry`."""
@@ -294,8 +296,11 @@ def _why_not(module: nn.Module, reason: str | None) -> str | None:
         return reason
     if isinstance(module, nn.Embedding | nn.EmbeddingBag | _ConvNd) or is_embedding(type(module)):
         return None
-    for name, parameter in module._parameters.items():
-        if parameter is not None and parameter.dim() in (2, 3) and min(parameter.shape) > 1:
+    matrices = {n: p for n, p in module._parameters.items() if p is not None and p.dim() in (2, 3)}
+    if any(parameter.dim() == 3 for parameter in matrices.values()):
+        return None  # each is told of by itself
+    for name, parameter in matrices.items():
+        if min(parameter.shape) > 1:
             shape = "×".join(str(size) for size in parameter.shape)
             return f"its parameter {name!r} ({shape}) is not the weight of a linear module"
     return None

@@ -36,8 +36,8 @@ def initialize(weight: Tensor, method: str, seed: int | None = None) -> None:
     """Fill `weight` in place.
 
     Args:
-        weight: Any floating tensor of two dimensions; a DTensor gets its shard of the full draw.
-            A `meta` tensor is left alone.
+        weight: Any floating matrix, or a stack of them, which are drawn one after the other; a
+            DTensor gets its shard of the full draw. A `meta` tensor is left alone.
         method: `"xavier"`, `"uniform"` or `"zeros"`.
         seed: Seed of the draw, or None for torch's default CPU generator. A DTensor without a seed
             relies on every rank drawing the same numbers, so seed the ranks alike.
@@ -50,5 +50,6 @@ def initialize(weight: Tensor, method: str, seed: int | None = None) -> None:
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     # Asked for by device: a `with torch.device("meta")` of the caller must not catch the draw.
     full = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
-    A_INITIALIZERS[method](full, generator=generator)
+    for matrix in full.view(-1, *full.shape[-2:]):
+        A_INITIALIZERS[method](matrix, generator=generator)
     weight.copy_(sharded_like(full.to(weight.device, weight.dtype), weight))

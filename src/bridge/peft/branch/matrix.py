@@ -31,12 +31,14 @@ class LoRAMatrix(nn.Module):
     quantisation, target matching) leaves it alone; `B` stays zero until it is trained.
 
     Attributes:
-        weight: (out_features, in_features), trainable.
+        weight: (out_features, in_features), trainable; (experts, out_features, in_features) of
+            a branch on a stack of weights.
         init_method: `"xavier"`, `"uniform"`, `"zeros"`, or `GIVEN`.
         seed: Seed of the draw; None uses torch's default CPU generator.
 
     Args:
-        values: (out_features, in_features), to start from instead of a draw.
+        values: To start from instead of a draw; of the weight's shape.
+        stack: () for one matrix, (experts,) for a stack of them.
     """
 
     weight: nn.Parameter
@@ -49,6 +51,7 @@ class LoRAMatrix(nn.Module):
         *,
         seed: int | None = None,
         values: Tensor | None = None,
+        stack: tuple[int, ...] = (),
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -58,7 +61,7 @@ class LoRAMatrix(nn.Module):
         self.init_method = init_method
         self.seed = seed
         self.weight = nn.Parameter(
-            torch.empty((out_features, in_features), device=device, dtype=dtype)
+            torch.empty((*stack, out_features, in_features), device=device, dtype=dtype)
         )
         if values is None:
             self.reset_parameters()

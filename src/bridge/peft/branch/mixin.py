@@ -82,6 +82,8 @@ class LoRAMixin(CarriesFunctions):
     wraps: ClassVar[bool] = False
     #: Whether a branch on this kind can be DoRA's, or start from the weight.
     takes_functions: ClassVar[bool] = False
+    #: The name of the adapted parameter in `base`.
+    weight_name: str = "weight"
     #: The name of the base's input, by which it may be passed too.
     input_name: ClassVar[str] = "input"
 
@@ -189,11 +191,15 @@ class LoRAMixin(CarriesFunctions):
             x = self.given(kwargs.pop(self.input_name, None))
         self.note_call()
         result = self._base_forward(x, *args, **kwargs)
-        if self.merged or not self.adapter_enabled:
+        if not self.is_active():
             return result
         if isinstance(result, tuple):
             return (self._add_branch(result[0], x), *result[1:])
         return self._add_branch(result, x)
+
+    def is_active(self) -> bool:
+        """Whether the branch is computed: neither merged nor switched off."""
+        return self.adapter_enabled and not self.merged
 
     def note_call(self) -> None:
         """Tell who waits for it that the layer is called; a compiled graph tells nobody."""

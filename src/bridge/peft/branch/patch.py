@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 
 from bridge.peft.branch.functions.starts import check_has_values, is_start
+from bridge.peft.branch.kinds.experts import ParameterBranch
+from bridge.peft.branch.kinds.parameter_holder import take_parameter_branch_off
 from bridge.peft.branch.kinds.read_linear import ReadLinearAdapter
 from bridge.peft.branch.mixin import BRANCH_ATTRIBUTES, LoRAMixin, Start
 from bridge.peft.branch.options import BranchOptions
@@ -120,6 +122,9 @@ def take_branch_off(layer: LoRAMixin) -> nn.Module:
     Returns:
         The base: the same object, or the one that was wrapped.
     """
+    if isinstance(layer, ParameterBranch):
+        take_parameter_branch_off(layer)
+        return layer
     if layer.wraps:
         return layer.let_go()
     for name in BRANCH_ATTRIBUTES:

@@ -17,7 +17,7 @@ def kind_of(base_type: type[nn.Module]) -> type[LoRAMixin] | None:
 
 def features(module: nn.Module) -> tuple[int, int]:
     """`(in_features, out_features)` of a module that can be adapted, or is."""
-    kind = kind_of(type(module))
+    kind = type(module) if isinstance(module, LoRAMixin) else kind_of(type(module))
     assert kind is not None, type(module)
     return kind.features(module)
 

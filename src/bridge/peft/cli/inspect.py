@@ -45,7 +45,8 @@ def describe(adapter: AdapterFile) -> dict[str, Any]:
     modules = [
         {
             "fqn": fqn,
-            "shape": [b.shape[0], a.shape[1]],
+            "shape": [b.shape[-2], a.shape[-1]],
+            "matrices": a.shape[0] if a.dim() == 3 else 1,
             "dim": adapter.rank(fqn),
             "alpha": adapter.alpha(fqn),
             "scale": adapter.scale(fqn),
@@ -60,7 +61,7 @@ def describe(adapter: AdapterFile) -> dict[str, Any]:
         {"name": name, "shape": list(tensor.shape), "parameters": tensor.numel()}
         for name, tensor in sorted(adapter.whole.items(), key=lambda item: natural_key(item[0]))
     ]
-    targets = adapter.config["target_modules"]
+    targets = adapter.config.get("target_modules") or []
     return {
         "rank": adapter.parsed.r,
         "alpha": adapter.parsed.lora_alpha,
@@ -68,6 +69,7 @@ def describe(adapter: AdapterFile) -> dict[str, Any]:
         "use_dora": adapter.parsed.use_dora,
         "dropout": adapter.parsed.lora_dropout,
         "target_modules": targets if isinstance(targets, str) else list(targets),
+        "target_parameters": list(adapter.parsed.target_parameters),
         "base_model": adapter.config.get("base_model_name_or_path"),
         "parameters": sum(module["parameters"] for module in modules),
         "dead_modules": [module["fqn"] for module in modules if module["dead"]],
@@ -78,12 +80,13 @@ def describe(adapter: AdapterFile) -> dict[str, Any]:
 
 def _lines(report: dict[str, Any]) -> list[str]:
     targets = report["target_modules"]
+    named = [targets] if isinstance(targets, str) else [*targets, *report["target_parameters"]]
     scaling = ", rank-stabilised" if report["use_rslora"] else ""
     scaling += ", DoRA" if report["use_dora"] else ""
     dead = report["dead_modules"]
     lines = [
         f"rank {report['rank']}, alpha {report['alpha']:g}{scaling}, dropout {report['dropout']:g}",
-        f"targets: {targets if isinstance(targets, str) else ', '.join(targets)}",
+        f"targets: {', '.join(named)}",
         f"base model: {report['base_model'] or 'not recorded'}",
         "",
         *table(("module", "shape (out×in)", "rank", "scale", "|update|"), _rows(report)),
@@ -106,7 +109,8 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     return [
         (
             module["fqn"],
-            f"{module['shape'][0]}×{module['shape'][1]}",
+            (f"{module['matrices']} of " if module["matrices"] > 1 else "")
+            + f"{module['shape'][0]}×{module['shape'][1]}",
             str(module["dim"]),
             f"{module['scale']:g}",
             f"{module['update_norm']:.3e}" + ("  dead" if module["dead"] else ""),

@@ -278,7 +278,7 @@ def _forecast(layer: LoRAMixin) -> float:
 def _is_mergeable(layer: LoRAMixin) -> bool:
     if format_of(layer) is not None:
         return all(map(all_finite, _ab(layer)))
-    own = "weight" in layer.base._parameters and _is_ordinary(layer.base_weight)
+    own = layer.weight_name in layer.base._parameters and _is_ordinary(layer.base_weight)
     return own and layer.is_linear() and all(map(all_finite, _ab(layer)))
 
 

@@ -45,7 +45,7 @@ def _trained(pairs: Pairs) -> Check:
 
 def _rank_used(pairs: Pairs) -> Check:
     name = "rank used"
-    ranks = {f: (used_rank(a, b, ENERGY), a.shape[0]) for f, (a, b) in pairs.items()}
+    ranks = {f: (used_rank(a, b, ENERGY), a.shape[-2]) for f, (a, b) in pairs.items()}
     moved = [used / dim for used, dim in ranks.values() if used]
     if not moved:
         return Check(name, "skip", "every update is zero")

@@ -105,7 +105,8 @@ def merge(
         dense_dtype=None if requantize else dense_dtype,
     )
     for layer in tied:
-        layer.base.weight = nn.Parameter(layer.base_weight.detach().clone(), requires_grad=False)
+        own = nn.Parameter(layer.base_weight.detach().clone(), requires_grad=False)
+        setattr(layer.base, layer.weight_name, own)
         forget_tie(unwrap(model))
     rows: list[MergeRow] = []
     try:
@@ -227,7 +228,7 @@ def _check_mergeable(fqn: str, layer: LoRAMixin) -> None:
         raise AdapterError(f"{fqn} is merged already; unmerge(model) first")
     _check_enabled(fqn, layer)
     is_quantised = format_of(layer) is not None
-    if "weight" not in layer.base._parameters and not is_quantised:
+    if layer.weight_name not in layer.base._parameters and not is_quantised:
         raise AdapterError(
             f"the weight of {fqn} is computed from other parameters (pruning, weight or spectral "
             "norm, a parametrization); make it a plain nn.Parameter first (prune.remove, "

@@ -35,10 +35,10 @@ class MergeRow:
     relative_update: float
 
     @classmethod
-    def of(cls, fqn: str, rounding: Rounding, update: Update) -> Self:
-        """The row of one merged layer."""
-        measured = rounding.count / max(update.count, 1)
-        meant = update.meant() * measured
+    def of(cls, fqn: str, rounding: Rounding, *updates: Update) -> Self:
+        """The row of one merged layer; of a stack of matrices each brings its update."""
+        measured = rounding.count / max(sum(update.count for update in updates), 1)
+        meant = sum(update.meant() for update in updates) * measured
         base = math.sqrt(rounding.squares / measured) if measured else 0.0
         moved = math.sqrt(rounding.moved / measured) if measured else 0.0
         return cls(
@@ -46,7 +46,11 @@ class MergeRow:
             max_error=rounding.max_error,
             mean_error=rounding.sum_error / max(rounding.count, 1),
             unchanged=max(0.0, 1 - rounding.changed / meant) if meant else 0.0,
-            relative_update=(update.norm() if update.factor is None else moved)
+            relative_update=(
+                math.hypot(*(u.norm() for u in updates))
+                if all(u.factor is None for u in updates)
+                else moved
+            )
             / max(base, torch.finfo(torch.float32).tiny),
         )
 

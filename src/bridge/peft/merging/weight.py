@@ -26,7 +26,7 @@ def merge_weight(
     With a magnitude m (DoRA) it is `m / |W + scale · B A|` times that, row by row.
 
     Args:
-        weight: W, (out_features, in_features).
+        weight: W, (out_features, in_features), or (experts, …) of a stack; A and B are then, too.
         lora_a: A, (dim, in_features).
         lora_b: B, (out_features, dim).
         scale: Factor of the branch.
@@ -40,12 +40,18 @@ def merge_weight(
     """
     weight = weight.detach()
     compute_dtype = torch.promote_types(compute_dtype, weight.dtype)
-    update = Update.of([(lora_a, lora_b, scale)], dtype=compute_dtype, device=weight.device)
-    blocks = [*row_blocks(*weight.shape, device=weight.device)]
-    if magnitude is not None:
-        update = update.rescaled(magnitude.detach(), ((rows, weight[rows]) for rows in blocks))
     merged = torch.empty_like(weight, dtype=dtype)
-    rounding = Rounding()
-    for rows in blocks:
-        rounding += merge_rows(weight[rows], update, rows, merged[rows])
-    return merged, MergeRow.of(fqn, rounding, update)
+    rounding, updates = Rounding(), []
+    for matrix, out, a, b in zip(*map(_matrices, (weight, merged, lora_a, lora_b)), strict=True):
+        update = Update.of([(a, b, scale)], dtype=compute_dtype, device=weight.device)
+        blocks = [*row_blocks(*matrix.shape, device=weight.device)]
+        if magnitude is not None:
+            update = update.rescaled(magnitude.detach(), ((rows, matrix[rows]) for rows in blocks))
+        for rows in blocks:
+            rounding += merge_rows(matrix[rows], update, rows, out[rows])
+        updates.append(update)
+    return merged, MergeRow.of(fqn, rounding, *updates)
+
+
+def _matrices(tensor: Tensor) -> Tensor | tuple[Tensor, ...]:
+    return tensor if tensor.dim() == 3 else (tensor,)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
+from bridge.peft.branch.kinds.parameter_holder import patch_parameter
 from bridge.peft.branch.kinds.read_linear import hook_reader
 from bridge.peft.branch.mixin import LoRAMixin, Start
 from bridge.peft.branch.options import BranchOptions
@@ -29,19 +30,21 @@ from bridge.peft.parallel.fsdp import check_can_join, join, reshard
 
 
 class Planned(NamedTuple):
-    """One module to adapt.
+    """One module, or one parameter of a module, to adapt.
 
     Attributes:
         fqn: Its fully qualified name.
         module: The module.
         options: The options of its branch.
         start: What the branch starts from.
+        parameter: The parameter's name in the module; empty for the module as a whole.
     """
 
     fqn: str
     module: nn.Module
     options: BranchOptions
     start: Start
+    parameter: str = ""
 
 
 def check_can_be_adapted(model: nn.Module) -> None:
@@ -103,7 +106,10 @@ def adapt_in_place(
     layers: dict[str, LoRAMixin] = {}
     try:
         model.requires_grad_(False)
-        for fqn, module, options, start in planned:
+        for fqn, module, options, start, parameter in planned:
+            if parameter:
+                layers[fqn] = patch_parameter(module, parameter, options, start)
+                continue
             layer = add_branch(module, options, start, is_read=module in read, name=fqn)
             layers[fqn] = layer
             put_in_place_of(model, module, layer)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from bridge.peft.branch.kinds.experts import ParameterBranch
 from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.dtypes import dtype_name
 from bridge.peft.errors import AdapterError
@@ -64,7 +65,7 @@ def check_still_adapted(model: nn.Module) -> None:
         recorded = vars(root).get(_RECORD, ())
         present = dict(adapted_modules(root)) if recorded else {}
         for fqn in recorded:
-            if fqn not in present and (now := _module(root, fqn)) is not None:
+            if fqn not in present and (now := _module_or_holder(root, fqn)) is not None:
                 raise AdapterError(
                     f"{fqn} was adapted and is a {type(now).__name__} now: another library has "
                     "replaced it and lost its adapter; convert the model first, then adapt it"
@@ -88,7 +89,7 @@ class Watch:
         self._wants_grad = False
         self._untrainable: list[str] = []
         self._frozen = {fqn for fqn, p in model.named_parameters() if not p.requires_grad}
-        self._holders = {layer: _holder(model, fqn) for fqn, layer in layers.items()}
+        self._holders = {layer: _holder(model, _place(f, layer)) for f, layer in layers.items()}
         self._handles = [
             holder.register_forward_pre_hook(self._saw)
             for holder in dict.fromkeys(self._holders.values())
@@ -260,6 +261,18 @@ def _module(root: nn.Module, fqn: str) -> nn.Module | None:
         return root.get_submodule(fqn)
     except AttributeError:
         return None
+
+
+def _module_or_holder(root: nn.Module, fqn: str) -> nn.Module | None:
+    """The module of a name, or the one that has a parameter of that name."""
+    owner, _, name = fqn.rpartition(".")
+    holder = _module(root, owner)
+    return holder if holder is not None and name in holder._parameters else _module(root, fqn)
+
+
+def _place(fqn: str, layer: LoRAMixin) -> str:
+    """The name of the module that a layer is, or that has the parameter that it is on."""
+    return fqn.rpartition(".")[0] if isinstance(layer, ParameterBranch) else fqn
 
 
 def _holder(model: nn.Module, fqn: str) -> nn.Module:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from bridge.peft.branch.kinds.experts import SUFFIX, ParameterBranch
 from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.branch.wrapper import AdapterWrapper
 
@@ -64,12 +65,26 @@ def some_names(names: Sequence[str], most: int = 5) -> str:
 def adapted_modules(model: nn.Module) -> Iterator[tuple[str, LoRAMixin | AdapterWrapper]]:
     """All adapted modules of a model, each once, with their fully qualified names.
 
+    A branch on a parameter comes under the parameter's name.
+
     Args:
         model: A model, possibly inside `DistributedDataParallel` or compiled.
     """
     for fqn, module in unwrap(model).named_modules():
-        if isinstance(module, LoRAMixin | AdapterWrapper):
+        if isinstance(module, ParameterBranch):
+            yield clean_fqn(fqn).removesuffix(SUFFIX), module
+        elif isinstance(module, LoRAMixin | AdapterWrapper):
             yield clean_fqn(fqn), module
+
+
+def state_prefix(fqn: str, module: nn.Module) -> str:
+    """What stands before the names of an adapted module's own parameters in a state dict.
+
+    Args:
+        fqn: As `adapted_modules` gives it.
+        module: The adapted module.
+    """
+    return f"{fqn}{SUFFIX}" if isinstance(module, ParameterBranch) else fqn
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -86,7 +101,7 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
         for fqn, module in modules.items()
         if isinstance(module, LoRAMixin)
         for child in ("lora_a", "lora_b", "lora_start", "lora_magnitude", "dropout", "adapter")
-    )
+    ) + tuple(f"{fqn}." for fqn, module in modules.items() if isinstance(module, ParameterBranch))
     return {fqn: module for fqn, module in modules.items() if not f"{fqn}.".startswith(own)}
 
 

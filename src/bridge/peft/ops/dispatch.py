@@ -108,9 +108,9 @@ def lora_linear(
     Returns:
         (..., out_features), in the dtype of ``F.linear(x, weight, bias)``; autocast included.
     """
-    x, weight, bias, lora_a, lora_b = _autocast(x, weight, bias, lora_a, lora_b)
-    lora_a, lora_b = _for_products(x, lora_a, lora_b)
-    path = choose_path(x, weight, bias, lora_a, lora_b, trains_b=_trains(lora_b))
+    x, weight, bias, lora_a, lora_b = autocast(x, weight, bias, lora_a, lora_b)
+    lora_a, lora_b = for_products(x, lora_a, lora_b)
+    path = choose_path(x, weight, bias, lora_a, lora_b, trains_b=trains(lora_b))
     if path.name == "reference":
         drop = _reference_dropout(x, lora_b, dropout, dropout_position, path, shard)
         return lora_linear_reference(x, weight, bias, lora_a, lora_b, scale, *drop)
@@ -137,7 +137,7 @@ def lora_add(
     ``shard`` says which mask is drawn, see `draw_seed`.
     """
     x, lora_a, lora_b = cast_for_products(x, lora_a, lora_b)
-    path = choose_path(base_out, x, lora_a, lora_b, plain_linear=False, trains_b=_trains(lora_b))
+    path = choose_path(base_out, x, lora_a, lora_b, plain_linear=False, trains_b=trains(lora_b))
     if path.name == "reference":
         drop = _reference_dropout(x, lora_b, dropout, dropout_position, path, shard)
         out = lora_branch_reference(x, lora_a, lora_b, scale, *drop)
@@ -154,8 +154,8 @@ def cast_for_products(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor
 
     Args as in `lora_add`.
     """
-    x, lora_a, lora_b = _autocast(x, lora_a, lora_b)
-    return x, *_for_products(x, lora_a, lora_b)
+    x, lora_a, lora_b = autocast(x, lora_a, lora_b)
+    return x, *for_products(x, lora_a, lora_b)
 
 
 def rescale(out: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None) -> Tensor:
@@ -173,13 +173,13 @@ def rescale(out: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None) -
 
 def project(weight: Tensor, lora_a: Tensor) -> Tensor:
     """Return ``W Aᵀ``, (out_features, dim), of a dense weight (out_features, in_features)."""
-    lora_a, _ = _for_products(weight, lora_a, lora_a)
+    lora_a, _ = for_products(weight, lora_a, lora_a)
     if choose_path(weight, lora_a, plain_linear=False).name == "reference":
         return weight.to(lora_a.dtype) @ lora_a.t()
     return contract(weight, lora_a, None)
 
 
-def _trains(lora_b: Tensor) -> bool:
+def trains(lora_b: Tensor) -> bool:
     """Whether B wants gradients, or nothing does."""
     return not torch.is_grad_enabled() or lora_b.requires_grad
 
@@ -202,7 +202,7 @@ def _reference_dropout(
     return 1.0 - mask.keep_probability, position, kept
 
 
-def _for_products(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
+def for_products(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
     """A and B as they are multiplied with x: float32 ones in bfloat16 where x is, as autocast does.
 
     What they add to y and dx is rounded to bfloat16 anyway, and the wide tensors need no copies in
@@ -227,7 +227,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False)
 
 
-def _autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:
+def autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:
     """Cast what ``F.linear`` would cast under autocast, outside of the autograd function."""
     if not torch._C._is_any_autocast_enabled():  # the usual case, told by one call
         return x, *others

@@ -65,13 +65,14 @@ def is_managed(module: nn.Module) -> bool:
     return getattr(module, "_is_fsdp_managed_module", False)
 
 
-def is_data_parallel(module: nn.Module) -> bool:
-    """Whether the weight of a linear is sharded by FSDP2, and by nothing else.
+def is_data_parallel(module: nn.Module, name: str = "weight") -> bool:
+    """Whether a module's weight is sharded by FSDP2, and by nothing else.
 
     Args:
         module: Any module.
+        name: The name of the weight there.
     """
-    weight: Any = getattr(module, "weight", None)
+    weight: Any = getattr(module, name, None)
     if not (is_sharded(weight) and is_managed(module)):
         return False
     *replicated, last = weight.placements  # of hybrid sharding: Replicate(), Shard(…)

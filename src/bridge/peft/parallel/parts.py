@@ -1,4 +1,4 @@
-"""Which part of a sharded matrix is this rank's, and some rows of it brought together."""
+"""Which part of a sharded tensor is this rank's, and some rows of it brought together."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 
-def own_part(sharded: Tensor) -> tuple[slice, slice]:
-    """The rows and columns of the whole matrix that this rank holds.
+def own_part(sharded: Tensor) -> tuple[slice, ...]:
+    """The rows, columns, … of the whole tensor that this rank holds.
 
     Args:
-        sharded: A DTensor of two dimensions, sharded or replicated over any mesh.
+        sharded: A DTensor, sharded or replicated over any mesh.
     """
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -19,18 +19,17 @@ def own_part(sharded: Tensor) -> tuple[slice, slice]:
     sizes, offsets = compute_local_shape_and_global_offset(
         sharded.shape, sharded.device_mesh, sharded.placements
     )
-    rows, columns = (slice(o, o + n) for n, o in zip(sizes, offsets, strict=True))
-    return rows, columns
+    return tuple(slice(o, o + n) for n, o in zip(sizes, offsets, strict=True))
 
 
 def first_rows(sharded: Tensor, count: int) -> Tensor:
-    """The first rows of a sharded matrix, whole, on every rank; nothing larger is gathered.
+    """The first rows of a sharded tensor, whole, on every rank; nothing larger is gathered.
 
-    A collective: every rank of the matrix's mesh must call.
+    A collective: every rank of the tensor's mesh must call.
 
     Args:
-        sharded: A DTensor of two dimensions.
-        count: How many rows.
+        sharded: A DTensor.
+        count: How many rows, along the first dimension.
     """
     from torch.distributed.tensor import DTensor
 
@@ -38,8 +37,8 @@ def first_rows(sharded: Tensor, count: int) -> Tensor:
     mesh = sharded.device_mesh
     local = sharded.to_local().detach()
     count = min(count, sharded.shape[0])
-    found = torch.zeros(count, sharded.shape[1], dtype=local.dtype, device=mesh.device_type)
-    rows, columns = own_part(sharded)
+    found = torch.zeros(count, *sharded.shape[1:], dtype=local.dtype, device=mesh.device_type)
+    rows, *others = own_part(sharded)
     is_first_copy = all(
         mesh.get_local_rank(dim) == 0
         for dim, placement in enumerate(sharded.placements)
@@ -47,7 +46,7 @@ def first_rows(sharded: Tensor, count: int) -> Tensor:
     )
     if is_first_copy and rows.start < count:
         end = min(rows.stop, count)
-        found[rows.start : end, columns] = local[: end - rows.start].to(found.device)
+        found[(slice(rows.start, end), *others)] = local[: end - rows.start].to(found.device)
     # as bytes: a sum of floats would turn -0.0 into 0.0, and these are to be hashed
     for dim in range(mesh.ndim):
         torch.distributed.all_reduce(found.view(torch.uint8), group=mesh.get_group(dim))

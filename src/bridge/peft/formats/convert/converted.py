@@ -126,6 +126,11 @@ def check_nothing_whole(adapter: AdapterFile, tool: str) -> None:
             f"{some_names(sorted(adapter.whole))} is saved in full, which an adapter of {tool} "
             "cannot hold; save it with the base model"
         )
+    if adapter.parameters:
+        raise AdapterError(
+            f"{min(adapter.parameters)} is adapted as experts in one parameter, which an adapter "
+            f"of {tool} cannot hold; save it with save_adapter(…, experts='separate')"
+        )
 
 
 def one_rank_and_scale(adapter: AdapterFile, tool: str) -> tuple[int, float]:

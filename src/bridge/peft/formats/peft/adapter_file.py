@@ -29,6 +29,7 @@ from bridge.peft.formats.peft.config import PeftConfig, parse_config, scale_of
 from bridge.peft.formats.peft.extra import check_extra, read_extra
 from bridge.peft.formats.peft.fields import check_method
 from bridge.peft.formats.peft.keys import KEY_PREFIX, MAX_NAME_LENGTH, split_keys
+from bridge.peft.formats.peft.target_parameters import flattened, unwrapped, wrapped
 
 _SUFFIXES = (".lora_A.weight", ".lora_B.weight")
 _MAGNITUDE = ".lora_magnitude_vector"
@@ -43,12 +44,15 @@ class AdapterFile:
     Attributes:
         config: `adapter_config.json`, as decoded.
         tensors: By fully qualified name: A of shape (rank, in_features) and B of shape
-            (out_features, rank).
+            (out_features, rank); of a parameter that holds several matrices both are stacks,
+            (experts, …).
         magnitudes: By fully qualified name: DoRA's, (out_features,); empty without DoRA.
         extra: `bridge_adapter.json`: what a PEFT config has no field for; empty without that file.
         whole: Tensors saved whole (`modules_to_save`, `bias`), by their name in the base model.
             Beside an adapted output head PEFT also saves the base's weight of it.
         names_in_file: The file's name of each module that has another in the model.
+        parameters: Which of the names in `tensors` are those of parameters, not of modules.
+        alphas: Alphas that the config does not say, of branches that were put together.
     """
 
     config: dict[str, Any]
@@ -57,6 +61,8 @@ class AdapterFile:
     extra: dict[str, Any] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)
     names_in_file: dict[str, str] = field(default_factory=dict)
+    parameters: set[str] = field(default_factory=set)
+    alphas: dict[str, float] = field(default_factory=dict)
 
     @cached_property
     def parsed(self) -> PeftConfig:
@@ -70,12 +76,17 @@ class AdapterFile:
     @cached_property
     def _alphas(self) -> dict[str, float]:
         pattern, default = self.parsed.alpha_pattern, self.parsed.lora_alpha
-        return {fqn: pattern.value(self.name_in_file(fqn), default) for fqn in self.tensors}
+        found = {fqn: pattern.value(self.name_in_file(fqn), default) for fqn in self.tensors}
+        return found | self.alphas
 
     @property
     def base_weights(self) -> set[str]:
         """Names in `whole` that are weights of adapted modules: the base's own, not new ones."""
-        return self.whole.keys() & {f"{fqn}.weight" for fqn in self.tensors}
+        return self.whole.keys() & set(map(self.weight_name, self.tensors))
+
+    def weight_name(self, fqn: str) -> str:
+        """The name of the weight that a module or parameter in `tensors` is adapted in."""
+        return fqn if fqn in self.parameters else f"{fqn}.weight"
 
     def name_in_file(self, fqn: str) -> str:
         """The name that the config means a module by."""
@@ -83,7 +94,11 @@ class AdapterFile:
 
     def shapes(self) -> dict[str, tuple[int, ...] | None]:
         """The shape (out_features, in_features) of every adapted weight, and of what is whole."""
-        adapted = {f"{f}.weight": (b.shape[0], a.shape[1]) for f, (a, b) in self.tensors.items()}
+        adapted: dict[str, tuple[int, ...] | None] = {
+            # which way round a parameter lies only its module knows
+            self.weight_name(f): None if f in self.parameters else (b.shape[0], a.shape[1])
+            for f, (a, b) in self.tensors.items()
+        }
         return adapted | {name: tuple(t.shape) for name, t in self.whole.items()}
 
     @property
@@ -93,7 +108,7 @@ class AdapterFile:
 
     def rank(self, fqn: str) -> int:
         """The rank of one module: that of its tensors."""
-        return self.tensors[fqn][0].shape[0]
+        return self.tensors[fqn][0].shape[-2]
 
     def alpha(self, fqn: str) -> float:
         """The alpha of one module, the config's pattern applied."""
@@ -155,9 +170,12 @@ def adapter_from(
         AdapterFileError: They do not make an adapter, or one that cannot be honoured.
     """
     adapter = AdapterFile(config=config, tensors={}, extra=extra)
-    assert adapter.parsed  # raises: a config of another method explains strange keys
+    parsed = adapter.parsed  # raises: a config of another method explains strange keys
     pairs, magnitudes, rest = split_keys(tensors)
-    adapter.tensors.update(pairs)
+    check_extra(extra)
+    found, parameters = unwrapped(pairs, parsed, extra)
+    adapter.tensors.update(found)
+    adapter.parameters.update(parameters)
     adapter.magnitudes.update(magnitudes)
     adapter.whole.update(_whole_tensors(rest, pairs))
     check_adapter(adapter)
@@ -175,6 +193,8 @@ def check_adapter(adapter: AdapterFile) -> None:
     for fqn, (a, b) in adapter.tensors.items():
         if not fqn.isprintable() or len(fqn) > MAX_NAME_LENGTH:
             raise AdapterFileError(f"{fqn[:80]!r} is not a module's name; save the adapter again")
+        if fqn in adapter.parameters:  # checked when they were taken apart
+            continue
         _check_shapes(parsed, fqn, a, b)
         _check_magnitude(parsed, fqn, adapter.magnitudes.get(fqn), b)
         if parsed.target_modules is not None and not parsed.is_target(fqn):
@@ -213,9 +233,11 @@ def write_adapter(adapter: AdapterFile, directory: str | Path) -> Path:
     """
     directory = Path(directory)
     tensors = {_whole_key(name, adapter): tensor for name, tensor in adapter.whole.items()}
+    places = wrapped(fqn for fqn in adapter.tensors if fqn in adapter.parameters)
     for fqn, pair in adapter.tensors.items():
+        pair = flattened(*pair) if fqn in places else pair
         for suffix, tensor in zip(_SUFFIXES, pair, strict=True):
-            tensors[f"{KEY_PREFIX}{fqn}{suffix}"] = tensor
+            tensors[f"{KEY_PREFIX}{places.get(fqn, fqn)}{suffix}"] = tensor
     for fqn, tensor in adapter.magnitudes.items():
         tensors[f"{KEY_PREFIX}{fqn}{_MAGNITUDE}"] = tensor
     write_files(

@@ -62,6 +62,7 @@ class PeftConfig:
         modules_to_save: Ends of the names of modules that are saved whole.
         bias: `"none"`, `"lora_only"` or `"all"`: which biases the file holds.
         fan_in_fan_out: Whether the base's weights are transposed, (in_features, out_features).
+        target_parameters: Ends of the names of adapted parameters, of dotted parts.
     """
 
     r: int
@@ -78,6 +79,7 @@ class PeftConfig:
     modules_to_save: tuple[str, ...] = ()
     bias: str = "none"
     fan_in_fan_out: bool = False
+    target_parameters: tuple[str, ...] = ()
 
     def is_target(self, fqn: str) -> bool:
         """Whether PEFT would adapt the module of this name; `"all-linear"` needs the model.
@@ -129,8 +131,8 @@ def parse_config(config: Any) -> PeftConfig:
     if not isinstance(config, dict):
         raise wrong("the file", config, "an object")
     values = checked_fields(config)
-    targets = values.get("target_modules")
-    if not targets:
+    targets = values.setdefault("target_modules", ())
+    if not targets and not values.get("target_parameters"):
         raise AdapterFileError(
             "adapter_config.json: target_modules is empty; list the names of the adapted modules"
         )

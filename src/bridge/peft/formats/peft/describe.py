@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from bridge.peft.branch.kinds.experts import ParameterBranch
 from bridge.peft.branch.kinds.read_linear import ReadLinearAdapter
 from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.errors import AdapterError
 from bridge.peft.formats.peft.adapter_file import AdapterFile
 from bridge.peft.formats.peft.config import alpha_for, new_config, scale_of
+from bridge.peft.formats.peft.experts import misread_by_peft
 from bridge.peft.formats.peft.fingerprint import fingerprint
 from bridge.peft.formats.peft.names import choose_targets
 from bridge.peft.formats.peft.quantised_base import FIELD, quantised_groups
 from bridge.peft.formats.peft.saved_whole import whole_of
+from bridge.peft.formats.peft.target_parameters import choose_entries
 from bridge.peft.model.participation import check_still_adapted
-from bridge.peft.model.walk import adapted_modules, base_modules, output_head, some_names, unwrap
+from bridge.peft.model.walk import (
+    adapted_modules,
+    base_modules,
+    clean_fqn,
+    output_head,
+    some_names,
+    unwrap,
+)
 from bridge.peft.version import __version__
 
 
@@ -34,8 +45,11 @@ def adapter_of(model: nn.Module) -> AdapterFile:
     root = unwrap(model)
     check_still_adapted(root)
     layers = _layers(root)
+    parameters = [fqn for fqn, layer in layers.items() if isinstance(layer, ParameterBranch)]
+    linears = {fqn: layer for fqn, layer in layers.items() if fqn not in parameters}
     others = [fqn for fqn in base_modules(root) if fqn and fqn not in layers]
     _warn_of_read(layers, output_head(root))
+    _warn_of_misread(misread_by_peft(root, linears))
     use_rslora, alphas = _scaling(layers)
     branches = {fqn: _branch(layer) for fqn, layer in layers.items()}
     common = Counter(tuple(b.items()) for b in branches.values()).most_common(1)[0][0]
@@ -48,24 +62,47 @@ def adapter_of(model: nn.Module) -> AdapterFile:
     magnitudes = _magnitudes(layers)
     if groups := quantised_groups(root):
         extra[FIELD] = groups
-    whole, whole_fields = whole_of(root, layers, others)
+    whole, fields = whole_of(root, layers, others)
+    if parameters:
+        fields["target_parameters"] = choose_entries(parameters, _other_parameters(root, layers))
+        extra["parameters"] = _by_module(parameters)
+        # PEFT refuses the file with another value, and computes no dropout there
+        extra["dropout"], dropout = dropout, 0.0
     config = new_config(
         {fqn: file_rank(layer) for fqn, layer in layers.items()},
         alphas,
-        choose_targets(layers, others),
+        choose_targets(linears, others) if linears else [],
         lora_dropout=dropout,
         use_rslora=use_rslora,
         use_dora=bool(magnitudes),
-        fan_in_fan_out=all(layer.transposed for layer in layers.values()),
+        fan_in_fan_out=bool(linears) and all(layer.transposed for layer in linears.values()),
         base_model_name_or_path=getattr(getattr(root, "config", None), "_name_or_path", None)
         or None,
         task_type=_task_type(root),
-        **whole_fields,
+        **fields,
     )
     tensors = {fqn: layer.whole_factors() for fqn, layer in layers.items()}
     return AdapterFile(
-        config=config, tensors=tensors, magnitudes=magnitudes, extra=extra, whole=whole
+        config=config,
+        tensors=tensors,
+        magnitudes=magnitudes,
+        extra=extra,
+        whole=whole,
+        parameters={*parameters},
     )
+
+
+def _other_parameters(model: nn.Module, layers: Mapping[str, LoRAMixin]) -> list[str]:
+    names = (clean_fqn(name) for name, _ in model.named_parameters(remove_duplicate=False))
+    return [name for name in names if name not in layers]
+
+
+def _by_module(parameters: Iterable[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for fqn in parameters:
+        module, _, name = fqn.rpartition(".")
+        found.setdefault(module, []).append(name)
+    return found
 
 
 def _layers(model: nn.Module) -> dict[str, LoRAMixin]:
@@ -123,6 +160,16 @@ def _warn_of_read(layers: dict[str, LoRAMixin], head: nn.Module | None) -> None:
         warnings.warn(
             f"{some_names(moved)}: the model reads these weights past their linears, where PEFT's "
             "adapters have no effect; read the file with bridge.peft, or merge it",
+            stacklevel=4,
+        )
+
+
+def _warn_of_misread(fqns: list[str]) -> None:
+    """Say which branches PEFT leaves out of this architecture."""
+    if fqns:
+        warnings.warn(
+            f"{some_names(fqns)}: PEFT takes linears of these names for the experts' in this "
+            "architecture, and cannot read them; read the file with bridge.peft, or merge it",
             stacklevel=4,
         )
 

@@ -54,6 +54,7 @@ def check_extra(extra: Mapping[str, Any]) -> None:
     _check_branch(extra, "")
     check_stored(extra.get("base", {}))
     read_groups(extra)
+    _check_parameters(extra.get("parameters", {}))
     exceptions = extra.get("exceptions", {})
     if not isinstance(exceptions, dict):
         raise _wrong("exceptions", exceptions, "an object")
@@ -75,6 +76,14 @@ def branch_settings(extra: Mapping[str, Any], fqn: str, dropout: float) -> dict[
     for source in (extra, extra.get("exceptions", {}).get(fqn, {})):
         settings |= {name: source[name] for name in settings if name in source}
     return settings
+
+
+def _check_parameters(modules: Any) -> None:
+    """Raise unless this maps modules to the names of their adapted parameters, in order."""
+    lists = modules.values() if isinstance(modules, dict) else [None]
+    for names in lists:
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise _wrong("parameters", modules, "lists of names by module")
 
 
 def _check_branch(branch: Mapping[str, Any], where: str) -> None:

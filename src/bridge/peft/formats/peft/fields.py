@@ -37,7 +37,6 @@ _REFUSED = {
     "lora_bias": "a bias on B",
     "megatron_config": "Megatron parallel layers",
     "monteclora_config": "Monte Carlo LoRA",
-    "target_parameters": "adapters on parameters that are not a linear's weight",
     "trainable_token_indices": "trained token embeddings",
     "use_bdlora": "block-diagonal LoRA",
     "use_qalora": "QALoRA",
@@ -111,6 +110,7 @@ _LISTS: dict[str, _Check] = {
     "layers_to_transform": (_is_layer, "a layer's index or a list of them"),
     "layers_pattern": _PLAIN_NAMES,
     "modules_to_save": _PLAIN_NAMES,
+    "target_parameters": _PLAIN_NAMES,
 }
 #: Each value of an object.
 _PATTERNS: dict[str, _Check] = {"rank_pattern": _RANK, "alpha_pattern": _ALPHA}

@@ -9,23 +9,29 @@ from torch import Tensor, nn
 
 from bridge.peft.branch.functions.starts import is_subtracted
 from bridge.peft.branch.kinds import Conv1DAdapter, LinearAdapter
+from bridge.peft.branch.kinds.experts import (
+    ParameterBranch,
+    parameter_features,
+    parameter_refusal,
+)
 from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.branch.options import BranchOptions
 from bridge.peft.branch.registry import check_adaptable, features, kind_of, unsupported_reason
+from bridge.peft.branch.untouched import check_untouched
 from bridge.peft.dtypes import sound_dtype
 from bridge.peft.errors import AdapterError, AdapterFileError, AlreadyAdaptedError
 from bridge.peft.formats.peft.adapter_file import AdapterFile
 from bridge.peft.formats.peft.config import PeftConfig, alpha_for
 from bridge.peft.formats.peft.describe import file_rank
 from bridge.peft.formats.peft.extra import branch_settings
-from bridge.peft.formats.peft.names import common_part
+from bridge.peft.formats.peft.names import common_part, ends_in
 from bridge.peft.formats.peft.saved_whole import check_whole
 from bridge.peft.model.trained_parameters import trained_whole
 from bridge.peft.model.walk import adapted_modules, base_modules
 from bridge.peft.targets import output_heads
 
-#: A module to load into, with its name and the options of its branch.
-Planned = tuple[str, nn.Module, BranchOptions]
+#: A module to load into, with its name, the options of its branch, and the name of its parameter.
+Planned = tuple[str, nn.Module, BranchOptions, str]
 
 
 def plan_load(
@@ -58,10 +64,15 @@ def plan_load(
     check_whole(adapter, model, names)
     planned: list[Planned] = []
     for fqn, (a, b) in adapter.tensors.items():
+        parameter = ""
+        module = present.get(fqn) or names.get(fqn)
+        if module is None:
+            holder, _, parameter = fqn.rpartition(".")
+            module = names[holder]
         if not present:
-            _check_adaptable(fqn, names[fqn])
-        _check_fits(fqn, names[fqn], a, b)
-        planned.append((fqn, names[fqn], _options(adapter, fqn, lora_dtype)))
+            _check_adaptable(fqn, module, parameter)
+        _check_fits(fqn, module, parameter, a, b)
+        planned.append((fqn, module, _options(adapter, fqn, lora_dtype), parameter))
     return planned, bool(present)
 
 
@@ -104,26 +115,41 @@ def _check_same_adapter(
 
 def _check_targets(adapter: AdapterFile, names: Mapping[str, nn.Module], root: nn.Module) -> None:
     matched = _targets(adapter.parsed, names, root)
-    if unknown := [fqn for fqn in adapter.tensors if fqn not in names]:
+    held = {
+        f"{fqn}.{name}".lstrip(".")
+        for fqn, module in names.items()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    }
+    if unknown := [
+        fqn for fqn in adapter.tensors if fqn not in (held if fqn in adapter.parameters else names)
+    ]:
         raise AdapterFileError(
             f"the file adapts {unknown[0]}, which {type(root).__name__} does not have "
             f"({len(unknown)} of {len(adapter.tensors)} modules are missing); load it into the "
             "model that it was trained on"
         )
+    entries = adapter.parsed.target_parameters
+    matched |= {fqn for fqn in held if ends_in(fqn, entries)}
     # a file of an inner model says nothing of the modules beside that one
-    part = common_part(adapter.names_in_file)
+    part = common_part(adapter.names_in_file.keys() - adapter.alphas.keys())
     without = sorted(fqn for fqn in matched - adapter.tensors.keys() if fqn.startswith(part))
     if without:
         raise AdapterFileError(
-            f"target_modules matches {without[0]}, for which the file has no tensors "
+            f"{_field(without[0], names)} matches {without[0]}, for which the file has no tensors "
             f"({len(without)} such modules); save the adapter again"
         )
     unmatched = sorted(adapter.tensors.keys() - matched - adapter.names_in_file.keys())
     if unmatched:  # a name that is another in the file was checked there
         raise AdapterFileError(
-            f"the file has tensors for {unmatched[0]}, which target_modules does not match "
-            f"({len(unmatched)} such modules); save the adapter again"
+            f"the file has tensors for {unmatched[0]}, which "
+            f"{_field(unmatched[0], names)} does not match ({len(unmatched)} such modules); save "
+            "the adapter again"
         )
+
+
+def _field(fqn: str, names: Mapping[str, nn.Module]) -> str:
+    return "target_modules" if fqn in names else "target_parameters"
 
 
 def _targets(config: PeftConfig, names: Mapping[str, nn.Module], model: nn.Module) -> set[str]:
@@ -163,21 +189,32 @@ def _options(adapter: AdapterFile, fqn: str, lora_dtype: torch.dtype | None) -> 
     )
 
 
-def _check_adaptable(fqn: str, module: nn.Module) -> None:
-    if reason := unsupported_reason(module):
+def _check_adaptable(fqn: str, module: nn.Module, parameter: str) -> None:
+    reason = parameter_refusal(module, parameter) if parameter else unsupported_reason(module)
+    if reason:
         raise AdapterFileError(
             f"the file adapts {fqn}, a {type(module).__name__} that cannot be adapted: {reason}"
         )
-    check_adaptable(module)
+    check_untouched(module) if parameter else check_adaptable(module)
 
 
-def _check_fits(fqn: str, module: nn.Module, a: Tensor, b: Tensor) -> None:
-    n_in, n_out = features(module)
-    if (a.shape[1], b.shape[0]) != (n_in, n_out):
+def _check_fits(fqn: str, module: nn.Module, parameter: str, a: Tensor, b: Tensor) -> None:
+    n_in, n_out = parameter_features(module, parameter) if parameter else features(module)
+    weight = getattr(module, parameter or "weight", None)
+    if isinstance(module, ParameterBranch):
+        weight = module.base_weight
+    if (a.shape[-1], b.shape[-2]) != (n_in, n_out):
         raise AdapterFileError(
-            f"{fqn} is {n_out}×{n_in} (out×in) in the model and {b.shape[0]}×{a.shape[1]} in the "
+            f"{fqn} is {n_out}×{n_in} (out×in) in the model and {b.shape[-2]}×{a.shape[-1]} in the "
             "file; load the adapter into the model that it was trained on"
         )
-    weight = getattr(module, "weight", None)
+    if (parameter or isinstance(module, ParameterBranch)) and isinstance(weight, Tensor):
+        experts, wanted = tuple(a.shape[:-2]), tuple(weight.shape[:-2])
+        if experts != wanted:
+            raise AdapterFileError(
+                f"{fqn} has {wanted[0] if wanted else 1} matrices in the model and "
+                f"{experts[0] if experts else 1} in the file; load the adapter into the model that "
+                "it was trained on"
+            )
     if isinstance(weight, Tensor) and weight.is_meta:
         raise AdapterError(f"{fqn} is on the meta device; load the base weights first")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,10 @@ from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.errors import AdapterError, AdapterFileError
 from bridge.peft.formats.peft.adapter_file import AdapterFile, read_adapter, write_adapter
 from bridge.peft.formats.peft.describe import adapter_of
+from bridge.peft.formats.peft.experts import fused, separated
 from bridge.peft.formats.peft.fingerprint import differences
 from bridge.peft.formats.peft.fit import plan_load
+from bridge.peft.formats.peft.parameter_order import in_order
 from bridge.peft.formats.peft.places import placed
 from bridge.peft.formats.peft.saved_whole import parameters_saved_whole, replacements
 from bridge.peft.lora import Model
@@ -25,7 +28,9 @@ from bridge.peft.parallel.fsdp import reshard
 from bridge.peft.tensors import is_sharded, sharded_like
 
 
-def save_adapter(model: nn.Module, directory: str | Path) -> Path:
+def save_adapter(
+    model: nn.Module, directory: str | Path, *, experts: Literal["fused", "separate"] = "fused"
+) -> Path:
     """Write the adapter of a model as PEFT writes it, all files or none.
 
     `adapter_config.json` and `adapter_model.safetensors` are PEFT's; `bridge_adapter.json` beside
@@ -37,6 +42,9 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
     Args:
         model: An adapted model, possibly inside `DistributedDataParallel` or compiled.
         directory: Created if missing; an adapter in it is replaced.
+        experts: How adapters of experts in one parameter are written: `"fused"` as PEFT's
+            `target_parameters`, `"separate"` as linears of each expert, under the names that the
+            model's checkpoint has for them.
 
     Returns:
         The directory.
@@ -44,8 +52,12 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
     Raises:
         AdapterError: The model has no adapters, or the directory cannot be written to.
     """
+    if experts not in ("fused", "separate"):
+        raise AdapterError(f"experts must be 'fused' or 'separate', got {experts!r}")
     reshard(unwrap(model))
     adapter = adapter_of(model)
+    if experts == "separate":
+        adapter = separated(adapter, unwrap(model))
     whole = [p for _, p in parameters_saved_whole(unwrap(model)).values()]
     layers = [m for _, m in adapted_modules(model) if isinstance(m, LoRAMixin)]
     if not any(layer.is_sharded for layer in layers) and not any(map(is_sharded, whole)):
@@ -93,17 +105,20 @@ def load_adapter(
     reshard(root)
     if next(adapted_modules(root), None) is None:
         check_can_be_adapted(model)
-    adapter = placed(read_adapter(directory), root)
+    adapter = in_order(placed(fused(read_adapter(directory), root), root), root)
     planned, present = plan_load(adapter, root, lora_dtype)
-    modules = {adapter.name_in_file(fqn): module for fqn, module, _ in planned}
+    modules = {
+        adapter.name_in_file(fqn): _with_weight(module, parameter) if parameter else module
+        for fqn, module, _, parameter in planned
+    }
     _check_base(adapter, modules, strict)
     whole = replacements(adapter, root)
     check_can_be_replaced(root, whole)
     values = {fqn: _values(adapter, fqn) for fqn in adapter.tensors}
     if present:
-        _set_values([(module, values[fqn]) for fqn, module, _ in planned])
+        _set_values([(module, values[fqn]) for fqn, module, *_ in planned])
     else:
-        adapt_in_place(root, [Planned(*item, values[item[0]]) for item in planned])
+        adapt_in_place(root, [Planned(*item[:3], values[item[0]], item[3]) for item in planned])
     replace_parameters(root, whole, adapter.frozen)
     return model
 
@@ -112,6 +127,13 @@ def _values(adapter: AdapterFile, fqn: str) -> tuple[Tensor, ...]:
     """A and B of a module, and DoRA's magnitude, if it has one."""
     pair, magnitude = adapter.tensors[fqn], adapter.magnitudes.get(fqn)
     return pair if magnitude is None else (*pair, magnitude)
+
+
+def _with_weight(module: nn.Module, parameter: str) -> nn.Module:
+    """A module whose weight is the parameter, for comparing it with the one trained on."""
+    stand_in = nn.Module()
+    stand_in.register_parameter("weight", module._parameters[parameter])
+    return stand_in
 
 
 @torch.no_grad()

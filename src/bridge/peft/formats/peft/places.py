@@ -60,13 +60,19 @@ def placed(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
         names = {old: found[0].get(name, name) for old, name in names.items()}
     if len(set(names.values())) < len(names) or all(old == new for old, new in names.items()):
         return adapter
-    fqns = {fqn: names[f"{fqn}.weight"].removesuffix(".weight") for fqn in adapter.tensors}
+    new = {fqn: names[adapter.weight_name(fqn)] for fqn in adapter.tensors}
+    fqns = {
+        fqn: name if fqn in adapter.parameters else name.removesuffix(".weight")
+        for fqn, name in new.items()
+    }
     return dataclasses.replace(
         adapter,
+        parameters={fqns[fqn] for fqn in adapter.parameters},
+        alphas={fqns[fqn]: alpha for fqn, alpha in adapter.alphas.items()},
         tensors={fqns[fqn]: pair for fqn, pair in adapter.tensors.items()},
         magnitudes={fqns[fqn]: tensor for fqn, tensor in adapter.magnitudes.items()},
         whole={names[name]: tensor for name, tensor in adapter.whole.items()},
-        names_in_file={new: old for old, new in fqns.items()},
+        names_in_file={n: adapter.name_in_file(old) for old, n in fqns.items()},
     )
 
 
@@ -147,11 +153,10 @@ def _renamed(name: str, transforms: Sequence[Any], known: Mapping[str, Shape]) -
     for transform in _only(transforms, converting=True):
         made, pattern = transform.rename_source_key(new)
         if pattern is not None and made in known:
-            what = "experts one by one" if ".experts." in new else new.removesuffix(".weight")
             raise AdapterFileError(
-                f"the adapter adapts {what}, and this model holds them in one parameter ({made}), "
-                "which is not supported yet; bridge-peft merge can merge it into a model directory "
-                "that holds them apart"
+                f"the adapter adapts {new.removesuffix('.weight')}, and this model holds it in "
+                f"another parameter ({made}); bridge-peft merge can merge the adapter into a model "
+                "directory that holds it apart"
             )
     return name
 

@@ -86,6 +86,7 @@ def plan_edits(
         AdapterError: A module is not in the checkpoint, has another shape, is quantised or tied.
     """
     _check_can_be_summed(adapters)
+    _check_no_stacks(adapters)
     entries, whole = checkpoint.entries(), _whole_tensors(adapters)
     alike = heads_alike(whole)
     for name in alike:
@@ -132,6 +133,16 @@ def plan_edits(
         heads_differ=bool(heads),
         vocabulary=new_vocabulary(found, whole, entries, edits),
     )
+
+
+def _check_no_stacks(adapters: _Adapters) -> None:
+    for adapter, _ in adapters:
+        if adapter.parameters:
+            raise AdapterError(
+                f"an adapter adapts {min(adapter.parameters)}, experts in one parameter, which a "
+                "model directory may hold apart; load the model and the adapter in Python, and "
+                "merge(model), or save the adapter with save_adapter(…, experts='separate')"
+            )
 
 
 def _shapes(adapters: _Adapters) -> dict[str, tuple[int, ...]]:

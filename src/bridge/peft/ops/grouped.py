@@ -148,7 +148,9 @@ class LoRAGroupedFunction(torch.autograd.Function):
             x_, a = x[rows], left[e].t()
             pre, post, s = branch.masks(x_, right[e].t())
             dh, d_right[e] = expand_backward(dy[rows], h[rows], right[e], s, post)
-            d_left[e] = contract_backward(x_, dh, a, s, pre, None if dx is None else dx[rows])
+            da = contract_backward(x_, dh, a, s, pre, None if dx is None else dx[rows])
+            assert da is not None  # x is there
+            d_left[e] = da
         return dx, None, d_left.mT, d_right, None, None, None
 
 

@@ -103,12 +103,14 @@ def _parameter_or_read(module: nn.Module, name: str) -> Any:
     if name not in module._parameters:
         raise AttributeError(name)
     branch = module._modules.get(f"{name}{SUFFIX}")
-    if not isinstance(branch, ParameterBranch) or not branch.is_active():
+    if not isinstance(branch, ParameterBranch):
         return module._parameters[name]
     if torch.compiler.is_compiling():
-        return branch.read()
+        return branch.read() if branch.is_active() else module._parameters[name]
     for running, weights in reversed(_stack()):
-        if running is module:
+        if running is module and not branch.is_active():
+            branch.note_call()  # switched off it takes part too
+        elif running is module:
             if name not in weights:
                 weights[name] = branch.read()
             return weights[name]

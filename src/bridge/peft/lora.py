@@ -40,6 +40,7 @@ from bridge.peft.targets import (
     match_modules,
     match_targets,
     tied_linears,
+    tied_modules,
 )
 from bridge.peft.tensors import full_tensor, is_plain, is_sharded
 
@@ -52,7 +53,8 @@ class LoRA:
 
     Attributes:
         target_modules: Names (`"q_proj"`), wildcards (`"*.layers.0.*.q_proj"`), regexes
-            (`"re:.*_proj"`), or `"all-linear"`: every linear but the output head.
+            (`"re:.*_proj"`), or `"all-linear"`: every linear but the output head. Embeddings and
+            the output head are adapted where they are named.
         exclude_modules: Entries of the same kinds, to leave alone.
         dim: Rank of the update.
         alpha: Scaling numerator; `scale = alpha / dim`.
@@ -222,15 +224,28 @@ class LoRA:
                 f"{some_names(half)}: trained in full in 16 bits, in which small steps are lost; "
                 "load the model in float32 and train under autocast"
             )
-        tied = [c.fqn for c in chosen if c.module in tied_linears(model)]
-        if tied:
-            yield (
-                f"{some_names(tied)}: shares its weight with another linear, which the branch does "
-                "not reach; merging will ask to untie them"
-            )
+        tied, tied_linear = tied_modules(model), tied_linears(model)
+        for c in chosen:  # a head that is tied to an embedding computes apart from it anyway
+            if c.module in tied and (isinstance(c.module, nn.Embedding) or c.module in tied_linear):
+                yield (
+                    f"{c.fqn}: shares its weight with {some_names(tied[c.module])}, which the "
+                    "branch does not reach; merging will ask to untie them"
+                )
         read = read_weights(model)
-        if self.dropout and (undropped := [c.fqn for c in chosen if c.module in read]):
+        embeddings = {c.fqn: c.module for c in chosen if isinstance(c.module, nn.Embedding)}
+        undropped = [c.fqn for c in chosen if c.module in read and c.fqn not in embeddings]
+        if self.dropout and undropped:
             yield f"{some_names(undropped)}: read by the model's own code, where dropout cannot act"
+        if self.dropout and self.dropout_position == "pre" and embeddings:
+            yield (
+                f"{some_names([*embeddings])}: an embedding's input is a token, of which dropout "
+                "drops nothing; dropout_position='post' acts there"
+            )
+        if passed := [fqn for fqn, module in embeddings.items() if module in read]:
+            yield (
+                f"{some_names(passed)}: the model's own code reads its weight too, where the "
+                "branch takes no part, and merging would change that; leave it out"
+            )
 
     def _row(self, candidate: Candidate, read: Mapping[nn.Module, Sequence[nn.Module]]) -> PlanRow:
         options = self.options_for(candidate)
@@ -252,6 +267,7 @@ class LoRA:
             dtype=options.resolve_dtype(weight.dtype),
             path=path.name,
             reason=path.reason,
+            looked_up=isinstance(module, nn.Embedding),
         )
 
 

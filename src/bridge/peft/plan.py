@@ -31,6 +31,7 @@ class PlanRow:
         dtype: Dtype of A and B.
         path: Which path computes the layer.
         reason: Why that path.
+        looked_up: Whether A is looked up, as an embedding's is, and not multiplied with.
     """
 
     fqn: str
@@ -43,6 +44,7 @@ class PlanRow:
     dtype: torch.dtype
     path: str
     reason: str
+    looked_up: bool = False
 
     @property
     def trainable(self) -> int:
@@ -52,7 +54,7 @@ class PlanRow:
     @property
     def flops_per_token(self) -> int:
         """Multiplications and additions that the branch adds to one token's forward."""
-        return 2 * self.trainable
+        return 2 * self.dim * ((0 if self.looked_up else self.in_features) + self.out_features)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,7 +80,7 @@ def resize(adapter: AdapterFile, dim: int, *, seed: int = 0) -> tuple[AdapterFil
 
     A module of a higher rank gets the nearest update of rank `dim`. One of a lower rank keeps A and
     B; new rows of A start as in a fresh adapter, new columns of B at zero, so the update is the
-    same and can be trained further.
+    same and can be trained further. On an embedding it is the other way round.
 
     Args:
         adapter: As `read_adapter` gives it; it is not changed.
@@ -104,7 +104,9 @@ def resize(adapter: AdapterFile, dim: int, *, seed: int = 0) -> tuple[AdapterFil
     rows: list[ResizeRow] = []
     for fqn, (a, b) in adapter.tensors.items():
         method = branch_settings(adapter.extra, fqn, 0.0)["lora_A_init_method"]
-        tensors[fqn] = _resized(a, b, dim, method, derive_seed(seed, fqn))
+        is_embedding = fqn in adapter.embeddings
+        methods = ("zeros", "normal") if is_embedding else (method, "zeros")
+        tensors[fqn] = _resized(a, b, dim, methods, derive_seed(seed, fqn))
         old, full, energy = a.shape[0], min(a.shape[1], b.shape[0]), kept_energy(a, b, dim)
         rows.append(ResizeRow(fqn=fqn, old_dim=old, dim=dim, energy=energy, full_dim=full))
     rslora = adapter.parsed.use_rslora
@@ -116,12 +118,15 @@ def resize(adapter: AdapterFile, dim: int, *, seed: int = 0) -> tuple[AdapterFil
     return resized, ResizeReport(tuple(rows))
 
 
-def _resized(a: Tensor, b: Tensor, dim: int, method: str, seed: int) -> tuple[Tensor, Tensor]:
+def _resized(
+    a: Tensor, b: Tensor, dim: int, methods: tuple[str, str], seed: int
+) -> tuple[Tensor, Tensor]:
     if dim < a.shape[0]:
         a, b = truncated(a, b, min(dim, a.shape[1], b.shape[0]))
     missing = dim - a.shape[0]  # also where the module is narrower than the rank
     if missing == 0:
         return a.contiguous(), b.contiguous()
-    more_a = a.new_empty(missing, a.shape[1])
-    initialize(more_a, method, seed)
-    return torch.cat([a, more_a]), torch.cat([b, b.new_zeros(b.shape[0], missing)], dim=1)
+    more_a, more_b = a.new_empty(missing, a.shape[1]), b.new_empty(b.shape[0], missing)
+    for more, method in zip((more_a, more_b), methods, strict=True):
+        initialize(more, method, seed)
+    return torch.cat([a, more_a]), torch.cat([b, more_b], dim=1)

@@ -26,7 +26,7 @@ class LoRAMatrix(nn.Module):
 
     Attributes:
         weight: (out_features, in_features), trainable.
-        init_method: `"xavier"`, `"uniform"` or `"zeros"`.
+        init_method: `"xavier"`, `"uniform"`, `"normal"` or `"zeros"`.
         seed: Seed of the draw; None uses torch's default CPU generator.
 
     Args:
@@ -76,8 +76,10 @@ class LoRAMatrix(nn.Module):
             self.weight = placed(self.weight, mesh, placement, alike=alike)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x Wᵀ`: (..., in_features) -> (..., out_features)."""
-        return F.linear(x, self.weight)
+        """`x Wᵀ`: (..., in_features) -> (..., out_features); an index stands for a one-hot row."""
+        return (
+            F.linear(x, self.weight) if x.is_floating_point() else F.embedding(x, self.weight.t())
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `to_empty` after `meta` would leave whatever the memory held before.

@@ -12,6 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 from bridge.peft.branch.matrix import LoRAMatrix
 from bridge.peft.branch.options import BranchOptions, DropoutPosition, InitMethod
 from bridge.peft.branch.untouched import check_untouched, foreign_patch
+from bridge.peft.dtypes import TRAINABLE_DTYPES
 from bridge.peft.errors import UnsupportedLinearError
 from bridge.peft.ops.dispatch import ComputePath, choose_path, lora_add
 from bridge.peft.ops.reference import add_in_base_dtype
@@ -68,6 +69,10 @@ class LoRAMixin(nn.Module):
     plain_forward: ClassVar[bool] = False
     #: True if the base stores its weight as (in_features, out_features).
     transposed: ClassVar[bool] = False
+    #: Whether `"all-linear"` means modules of this kind.
+    in_all_linear: ClassVar[bool] = True
+    #: What follows a module's name in the keys of A and B in PEFT's files.
+    peft_keys: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
     #: The name of the base's input, by which it may be passed too.
     input_name: ClassVar[str] = "input"
 
@@ -114,6 +119,11 @@ class LoRAMixin(nn.Module):
             )
         if reason := cls.refusal(module):
             raise UnsupportedLinearError(f"cannot copy this {type(module).__name__}: {reason}")
+
+    @classmethod
+    def init_methods(cls, options: BranchOptions) -> tuple[str, str]:
+        """How A and B start; one of the two is zero."""
+        return options.lora_A_init_method, "zeros"
 
     @classmethod
     def features(cls, module: nn.Module) -> tuple[int, int]:
@@ -204,6 +214,16 @@ class LoRAMixin(nn.Module):
         """Whether the base computes `F.linear` on plain tensors, not on a tensor subclass."""
         return self.plain_forward and is_plain(self.base_weight)
 
+    def sample_input(self, rows: int) -> Tensor:
+        """A random input of a few rows, in the dtype that the base takes; A's if W is packed."""
+        weight = self.base_weight
+        dtype = weight.dtype if weight.dtype in TRAINABLE_DTYPES else self.branch_dtype
+        return torch.randn(rows, self.features(self)[0]).to(weight.device, dtype)
+
+    def is_zero(self) -> bool:
+        """Whether the branch is zero, as at the start."""
+        return not (bool(self.lora_a.weight.any()) and bool(self.lora_b.weight.any()))
+
     def is_linear(self) -> bool:
         """Whether the base computes `W x + b`, so that merging into W keeps the function."""
         return True
@@ -274,9 +294,9 @@ class LoRAMixin(nn.Module):
         }
         seed, (a, b) = (None, start) if isinstance(start, tuple) else (start, (None, None))
         n_in, n_out = cls.features(module)
-        method = options.lora_A_init_method
-        lora_a = LoRAMatrix(n_in, options.dim, method, seed=seed, values=a, **placed)
-        lora_b = LoRAMatrix(options.dim, n_out, "zeros", values=b, **placed)
+        a_method, b_method = cls.init_methods(options)
+        lora_a = LoRAMatrix(n_in, options.dim, a_method, seed=seed, values=a, **placed)
+        lora_b = LoRAMatrix(options.dim, n_out, b_method, seed=seed, values=b, **placed)
         module.requires_grad_(False)
         for name, value in _settings(options).items():
             setattr(module, name, value)

@@ -33,5 +33,8 @@ def unsupported_reason(module: nn.Module) -> str | None:
     """Say why a module that is not adapted yet cannot be, or None if it can."""
     kind = kind_of(type(module))
     if kind is None:
-        return "it is neither a torch.nn.Linear nor a transformer_engine.pytorch.Linear"
+        return (
+            "it is neither a torch.nn.Linear nor a transformer_engine.pytorch.Linear, and no "
+            "embedding"
+        )
     return kind.refusal(module)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from bridge.peft.branch.mixin import LoRAMixin
-from bridge.peft.branch.registry import features
 from bridge.peft.doctor.report import Check, some, verdict
 from bridge.peft.doctor.sample_inputs import sample_inputs
 from bridge.peft.dtypes import TRAINABLE_DTYPES, dtype_name
@@ -65,8 +64,14 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _b_set_to(layers: Layers, value: str) -> Iterator[None]:
-    """Within the context every B is zero or random; afterwards the same tensors are back."""
+    """Within the context every B is zero or random; afterwards the same tensors are back.
+
+    With a random B, an A that is zero (an embedding's, at the start) is random too.
+    """
     weights = [layer.lora_b.weight for layer in layers.values()]
+    if value == "random":
+        matrices = [layer.lora_a.weight for layer in layers.values()]
+        weights += [a for a in matrices if not bool(a.any())]
     kept = [weight.data for weight in weights]
     try:
         for weight in weights:
@@ -129,7 +134,7 @@ def _no_op(layers: Layers) -> Check:
     differ: list[str] = []
     with torch.no_grad(), _b_set_to(layers, "zero"):
         for fqn, layer in layers.items():
-            x = _input(layer)
+            x = layer.sample_input(_ROWS)
             with_branch = _first(layer(x))
             with disable_adapters(layer):
                 if not torch.equal(with_branch, _first(layer(x))):
@@ -144,7 +149,7 @@ def _gradients(layers: Layers) -> Check:
     missing: list[str] = []
     with torch.enable_grad(), _b_set_to(layers, "random"):
         for fqn, layer in layers.items():
-            loss = _first(layer(_input(layer))).float().square().sum()
+            loss = _first(layer(layer.sample_input(_ROWS))).float().square().sum()
             trained = all(p.requires_grad for p in _ab(layer)) and loss.requires_grad
             if not trained or not _all_reached(
                 torch.autograd.grad(loss, _ab(layer), allow_unused=True)
@@ -248,13 +253,6 @@ def _is_ordinary(weight: Tensor) -> bool:
 
 def _ab(layer: LoRAMixin) -> tuple[nn.Parameter, nn.Parameter]:
     return layer.lora_a.weight, layer.lora_b.weight
-
-
-def _input(layer: LoRAMixin) -> Tensor:
-    """Random rows in the dtype that the base takes: its weight's, or A's if that is packed."""
-    weight = layer.base_weight
-    dtype = weight.dtype if weight.dtype in TRAINABLE_DTYPES else layer.lora_a.weight.dtype
-    return torch.randn(_ROWS, features(layer)[0]).to(weight.device, dtype)
 
 
 def _first(output: Any) -> Tensor:

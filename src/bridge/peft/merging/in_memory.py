@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -104,9 +105,7 @@ def merge(
     layers, tied = _mergeable_layers(model, untie=untie)
     for fqn, layer in layers:
         _check_finite(fqn, layer, compute_dtype)
-    for layer in tied:
-        layer.weight = nn.Parameter(layer.base_weight.detach().clone(), requires_grad=False)
-        forget_tie(unwrap(model))
+    notes = _untie(model, tied)
     rows: list[MergeRow] = []
     try:
         for fqn, layer in layers:
@@ -117,7 +116,7 @@ def merge(
             if layer.unmerged_weight is not None:
                 _restore(layer)
         raise
-    return MergeReport(tuple(rows))
+    return MergeReport(tuple(rows), notes)
 
 
 @torch.no_grad()
@@ -139,6 +138,19 @@ def unmerge(model: nn.Module) -> None:
         _check_enabled(fqn, layer)
     for _, layer in merged:
         _restore(layer)
+
+
+def _untie(model: nn.Module, tied: Mapping[LoRAMixin, list[str]]) -> tuple[str, ...]:
+    """Give layers whose weight is shared one of their own, in place; what that changed."""
+    names = {module: fqn for fqn, module in adapted_modules(model)}
+    for layer in tied:
+        layer.weight = nn.Parameter(layer.base_weight.detach().clone(), requires_grad=False)
+        forget_tie(unwrap(model))
+    return tuple(
+        f"{names[layer]} is no longer tied to {', '.join(others)}; the model's config says so too "
+        "(tie_word_embeddings=False)"
+        for layer, others in tied.items()
+    )
 
 
 def _merge_layer(
@@ -166,8 +178,12 @@ def _restore(layer: LoRAMixin) -> None:
 
 def _mergeable_layers(
     model: nn.Module, *, untie: bool
-) -> tuple[list[tuple[str, LoRAMixin]], list[LoRAMixin]]:
-    """All adapted layers and those to untie, or `AdapterError` with the first reason against it."""
+) -> tuple[list[tuple[str, LoRAMixin]], dict[LoRAMixin, list[str]]]:
+    """All adapted layers, and those to untie with the names of what shares their weight.
+
+    Raises:
+        AdapterError: With the first reason against it.
+    """
     layers: list[tuple[str, LoRAMixin]] = []
     for fqn, module in adapted_modules(model):
         if not isinstance(module, LoRAMixin):
@@ -187,7 +203,7 @@ def _mergeable_layers(
             f"{fqn} shares its weight with {', '.join(shared[layer])}, which a merge would change "
             "too; pass untie=True to give it a weight of its own"
         )
-    return layers, [layer for _, layer in tied]
+    return layers, {layer: shared[layer] for _, layer in tied}
 
 
 def _check_mergeable(fqn: str, layer: LoRAMixin) -> None:
@@ -207,7 +223,7 @@ def _check_mergeable(fqn: str, layer: LoRAMixin) -> None:
             f"{fqn} is a {layer.base_type.__name__}, whose own forward is not W x + b: merged into "
             "its weight, the branch would compute something else; keep it unmerged"
         )
-    if takes_no_part(layer) and bool(layer.lora_b.weight.any()):
+    if takes_no_part(layer) and not layer.is_zero():
         raise AdapterError(
             f"{fqn} was never called, though the model and the module around it ran: its branch "
             "takes no part, and merging it could change the model; leave it out with "

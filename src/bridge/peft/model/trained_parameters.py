@@ -103,8 +103,9 @@ def forget_tie(model: nn.Module) -> None:
         model: The model, not wrapped.
     """
     config = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False  # pyright: ignore[reportOptionalMemberAccess]
+    for part in (config, getattr(config, "text_config", None)):
+        if getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def trained_whole(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:

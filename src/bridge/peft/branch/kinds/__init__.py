@@ -1,9 +1,15 @@
 """The kinds of base that a branch can stand on: one file each, listed here and nowhere else."""
 
 from bridge.peft.branch.kinds.conv1d import Conv1DAdapter
+from bridge.peft.branch.kinds.embedding import EmbeddingAdapter
 from bridge.peft.branch.kinds.linear import LinearAdapter
 from bridge.peft.branch.kinds.transformer_engine import TELinearAdapter
 from bridge.peft.branch.mixin import LoRAMixin
 
 #: Most specific first: the first that takes a class is its kind.
-KINDS: tuple[type[LoRAMixin], ...] = (TELinearAdapter, Conv1DAdapter, LinearAdapter)
+KINDS: tuple[type[LoRAMixin], ...] = (
+    TELinearAdapter,
+    Conv1DAdapter,
+    LinearAdapter,
+    EmbeddingAdapter,
+)

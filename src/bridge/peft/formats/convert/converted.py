@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -162,6 +163,7 @@ def restored(
     scales: Mapping[str, float],
     extra: Mapping[str, Any],
     layout: AttentionLayout | None,
+    embeddings: Collection[str] = (),
 ) -> AdapterFile:
     """A PEFT adapter out of a foreign file, with its old config where that still holds.
 
@@ -170,12 +172,13 @@ def restored(
         scales: The factor of each branch.
         extra: The decoded `bridge_adapter.json` of the foreign directory; may be empty.
         layout: The model's, if known: with the number of layers the config can be short.
+        embeddings: The modules that are embeddings.
 
     Raises:
         AdapterFileError: Something does not fit.
     """
     if old := _old_adapter(tensors, scales, extra):
-        return old
+        return dataclasses.replace(old, embeddings={*embeddings})
     alphas = {fqn: alpha_for(scales[fqn], tensors[fqn][0].shape[0]) for fqn in tensors}
     config = new_config(
         {fqn: a.shape[0] for fqn, (a, _) in tensors.items()},
@@ -183,7 +186,7 @@ def restored(
         choose_targets(tensors, _other_linears(tensors, layout)),
         lora_dropout=extra.get("dropout", 0.0),
     )
-    adapter = AdapterFile(config=config, tensors=tensors)
+    adapter = AdapterFile(config=config, tensors=tensors, embeddings={*embeddings})
     check_adapter(adapter)
     return adapter
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from bridge.peft.branch.kinds import EmbeddingAdapter
+from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.errors import AdapterFileError
 from bridge.peft.formats.files.adapter_tensors import read_adapter_tensors
 from bridge.peft.formats.files.atomic import COMMITTED, write_files
@@ -30,7 +32,8 @@ from bridge.peft.formats.peft.extra import check_extra, read_extra
 from bridge.peft.formats.peft.fields import check_method
 from bridge.peft.formats.peft.keys import KEY_PREFIX, MAX_NAME_LENGTH, split_keys
 
-_SUFFIXES = (".lora_A.weight", ".lora_B.weight")
+#: The ends of the keys of A and B: of an embedding, and of everything else.
+_SUFFIXES = {True: EmbeddingAdapter.peft_keys, False: LoRAMixin.peft_keys}
 #: Where PEFT puts the base's own parameters of an adapted module.
 _BASE = ".base_layer."
 
@@ -47,6 +50,8 @@ class AdapterFile:
         whole: Tensors saved whole (`modules_to_save`, `bias`), by their name in the base model.
             Beside an adapted output head PEFT also saves the base's weight of it.
         names_in_file: The file's name of each module that has another in the model.
+        embeddings: The modules that are embeddings: A is (rank, num_embeddings) and B
+            (embedding_dim, rank).
     """
 
     config: dict[str, Any]
@@ -54,6 +59,7 @@ class AdapterFile:
     extra: dict[str, Any] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)
     names_in_file: dict[str, str] = field(default_factory=dict)
+    embeddings: set[str] = field(default_factory=set)
 
     @cached_property
     def parsed(self) -> PeftConfig:
@@ -153,9 +159,10 @@ def adapter_from(
     """
     adapter = AdapterFile(config=config, tensors={}, extra=extra)
     assert adapter.parsed  # raises: a config of another method explains strange keys
-    pairs, rest = split_keys(tensors)
-    adapter.tensors.update(pairs)
-    adapter.whole.update(_whole_tensors(rest, pairs))
+    contents = split_keys(tensors)
+    adapter.tensors.update(contents.pairs)
+    adapter.embeddings.update(contents.embeddings)
+    adapter.whole.update(_whole_tensors(contents.rest, contents.pairs))
     check_adapter(adapter)
     return adapter
 
@@ -209,8 +216,8 @@ def write_adapter(adapter: AdapterFile, directory: str | Path) -> Path:
     directory = Path(directory)
     tensors = {_whole_key(name, adapter): tensor for name, tensor in adapter.whole.items()}
     for fqn, pair in adapter.tensors.items():
-        for suffix, tensor in zip(_SUFFIXES, pair, strict=True):
-            tensors[f"{KEY_PREFIX}{fqn}{suffix}"] = tensor
+        for suffix, tensor in zip(_SUFFIXES[fqn in adapter.embeddings], pair, strict=True):
+            tensors[f"{KEY_PREFIX}{fqn}.{suffix}"] = tensor
     write_files(
         directory,
         {

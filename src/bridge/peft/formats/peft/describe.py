@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from bridge.peft.branch.kinds.embedding import EmbeddingAdapter
 from bridge.peft.branch.kinds.read_linear import ReadLinearAdapter
 from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.errors import AdapterError
@@ -52,7 +53,7 @@ def adapter_of(model: nn.Module) -> AdapterFile:
         choose_targets(layers, others),
         lora_dropout=dropout,
         use_rslora=use_rslora,
-        fan_in_fan_out=all(layer.transposed for layer in layers.values()),
+        fan_in_fan_out=_fan_in_fan_out(layers),
         base_model_name_or_path=getattr(getattr(root, "config", None), "_name_or_path", None)
         or None,
         task_type=_task_type(root),
@@ -62,7 +63,10 @@ def adapter_of(model: nn.Module) -> AdapterFile:
         fqn: (full_tensor(layer.lora_a.weight), full_tensor(layer.lora_b.weight))
         for fqn, layer in layers.items()
     }
-    return AdapterFile(config=config, tensors=tensors, extra=extra, whole=whole)
+    embeddings = {f for f, m in layers.items() if isinstance(m, EmbeddingAdapter)}
+    return AdapterFile(
+        config=config, tensors=tensors, extra=extra, whole=whole, embeddings=embeddings
+    )
 
 
 def _layers(model: nn.Module) -> dict[str, LoRAMixin]:
@@ -88,10 +92,16 @@ def _layers(model: nn.Module) -> dict[str, LoRAMixin]:
     return layers
 
 
+def _fan_in_fan_out(layers: dict[str, LoRAMixin]) -> bool:
+    """Whether PEFT must turn the weights; of an embedding it knows which way round that lies."""
+    turned = [m.transposed for m in layers.values() if not isinstance(m, EmbeddingAdapter)]
+    return bool(turned) and all(turned)
+
+
 def _warn_of_read(layers: dict[str, LoRAMixin], head: nn.Module | None) -> None:
     """Say which branches other readers of the file leave out: they know no weight that is read."""
     read = [f for f, m in layers.items() if isinstance(m, ReadLinearAdapter) and m is not head]
-    if moved := [fqn for fqn in read if bool(layers[fqn].lora_b.weight.any())]:
+    if moved := [fqn for fqn in read if not layers[fqn].is_zero()]:
         warnings.warn(
             f"{some_names(moved)}: the model reads these weights past their linears, where PEFT's "
             "adapters have no effect; read the file with bridge.peft, or merge it",
@@ -114,7 +124,7 @@ def _branch(layer: LoRAMixin) -> dict[str, Any]:
     return {
         "dropout": layer.dropout.p,
         "dropout_position": layer.dropout_position,
-        "lora_A_init_method": layer.lora_a.init_method,
+        "lora_A_init_method": layer.branch_options.lora_A_init_method,
     }
 
 

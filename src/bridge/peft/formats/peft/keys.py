@@ -3,6 +3,7 @@
 base_model.model.….q_proj.lora_A.weight   as PEFT saves it
 ….q_proj.lora_A.default.weight            as in a live PEFT model, with the adapter's name
 ….q_proj.lora_a.weight                    ours (`adapter_state_dict`), Automodel's
+….embed_tokens.lora_embedding_A           an embedding's, as PEFT saves it
 ….q_proj[.adapter].linear_in.weight       of the layers in version 0.2 of Megatron-Bridge
 
 Keys are cut at their ends only, so modules may be called `lora_A`, `weight` or `base_model`.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,10 +26,12 @@ MAX_NAME_LENGTH = 1_000
 #: What stands before the names of all modules, or does not.
 PREFIXES = ("module.", KEY_PREFIX)
 _SPELLINGS = tuple(
-    re.compile(rf"(?P<fqn>.+?){end}\.weight")
+    re.compile(
+        rf"(?P<fqn>.+?){end}" + (r"(?(embedding)|\.weight)" if "embedding" in end else r"\.weight")
+    )
     for end in (
-        r"\.lora_(?P<half>[AB])",
-        r"\.lora_(?P<half>[AB])\.(?P<adapter>[^.]+)",
+        r"\.lora_(?P<embedding>embedding_)?(?P<half>[AB])",
+        r"\.lora_(?P<embedding>embedding_)?(?P<half>[AB])\.(?P<adapter>[^.]+)",
         r"\.lora_(?P<half>[ab])",
         r"(?:\.adapter)?\.linear_(?P<half>in|out)",
     )
@@ -35,7 +39,6 @@ _SPELLINGS = tuple(
 _LETTERS = {"in": "A", "out": "B"}
 #: In the keys of adapters that compute something else, and what that is.
 _OTHER_KINDS = {
-    ".lora_embedding_": "LoRA on an embedding",
     ".lora_magnitude_vector": "DoRA",
     ".token_adapter.": "trained token embeddings",
     ".lora_B.bias": "a bias on B",
@@ -95,16 +98,26 @@ class Halves:
         return {name: (half["A"], half["B"]) for name, half in self._found.items()}
 
 
-def split_keys(
-    tensors: Mapping[str, Tensor],
-) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+@dataclass(frozen=True)
+class Contents:
+    """The tensors of an adapter file, sorted.
+
+    Attributes:
+        pairs: A and B by module.
+        embeddings: Those of the modules that are embeddings.
+        rest: The other tensors, by name in the base model.
+    """
+
+    pairs: dict[str, tuple[Tensor, Tensor]]
+    embeddings: set[str]
+    rest: dict[str, Tensor]
+
+
+def split_keys(tensors: Mapping[str, Tensor]) -> Contents:
     """Sort the tensors of an adapter file by module.
 
     Args:
         tensors: By key of the file.
-
-    Returns:
-        A and B by module, and the other tensors by name in the base model.
 
     Raises:
         AdapterFileError: There is no A and B, one of the two is missing, or the keys are those of
@@ -128,7 +141,19 @@ def split_keys(
     for key, m in found.items():
         halves.add(m["fqn"], _LETTERS.get(m["half"], m["half"].upper()), tensors[key], key)
     rest = {name: tensors[key] for key, name in names.items() if key not in found}
-    return halves.pairs(), _trained_copies(rest, adapters.pop())
+    pairs = halves.pairs()
+    return Contents(
+        pairs,
+        {m["fqn"] for m in found.values() if _is_of_embedding(m)},
+        _trained_copies(rest, adapters.pop()),
+    )
+
+
+def _is_of_embedding(key: re.Match[str]) -> bool:
+    """Whether a key is that of an embedding's A or B; ours do not say it but by the module."""
+    if "embedding" in key.re.groupindex:
+        return key["embedding"] is not None
+    return is_embedding(f"{key['fqn']}.weight")
 
 
 def is_head(name: str) -> bool:

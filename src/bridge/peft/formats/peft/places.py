@@ -66,6 +66,7 @@ def placed(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
         tensors={fqns[fqn]: pair for fqn, pair in adapter.tensors.items()},
         whole={names[name]: tensor for name, tensor in adapter.whole.items()},
         names_in_file={new: old for old, new in fqns.items()},
+        embeddings={fqns[fqn] for fqn in adapter.embeddings},
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from bridge.peft.formats.peft.places import exchanged
 from bridge.peft.merging.directory.vocabulary import (
     check_ties,
     embedding_of,
+    following_heads,
     heads_alike,
     is_stored,
     new_vocabulary,
@@ -33,9 +35,9 @@ class Edit:
 
     Attributes:
         fqn: The adapted module, or the replaced tensor.
-        terms: A, B and scale of each adapter to add; empty for a replacement.
+        terms: A, B and scale of each adapter to add; empty for a mere replacement.
         transposed: The tensor is stored as (in_features, out_features).
-        replacement: The values that stand in for it.
+        replacement: The values that stand in for it, or that the terms are added to.
     """
 
     fqn: str
@@ -52,6 +54,7 @@ class Edits:
         by_key: The changed tensors.
         untied: New tensors and the tied one that each starts from.
         heads_differ: The merged model's head is not its embedding, so its config must say so.
+        was_tied: Whether they were one in the base.
         vocabulary: The number of tokens before and after, where the adapter brings other ones.
     """
 
@@ -59,6 +62,7 @@ class Edits:
     untied: Mapping[str, str]
     heads_differ: bool
     vocabulary: tuple[int, int] | None = None
+    was_tied: bool = False
 
 
 def plan_edits(checkpoint: Checkpoint, adapters: _Adapters, *, untie: bool) -> Edits:
@@ -78,13 +82,16 @@ def plan_edits(checkpoint: Checkpoint, adapters: _Adapters, *, untie: bool) -> E
         if not is_stored(name, entries):  # the embedding's new values are the head's
             del whole[name]
     shapes = _shapes(adapters) | {name: tuple(tensor.shape) for name, tensor in whole.items()}
+    embeddings = frozenset(fqn for adapter, _ in adapters for fqn in adapter.embeddings)
     ties = tied_heads(checkpoint, entries, shapes)
+    followers = {} if ties else following_heads(checkpoint, entries, embeddings)
     are_brought = embedding_of(whole) is not None  # both with values of their own
-    refused = [name for name in ties if not (untie or (are_brought and name in whole))]
-    if refused:
+    refused = {k: v for k, v in ties.items() if not (are_brought and k in whole)} | followers
+    if refused and not untie:
+        head, embedding = next(iter(refused.items()))
         raise AdapterError(
-            f"{refused[0]} is tied to {ties[refused[0]]}, which a merge would change too; --untie "
-            "gives it values of its own"
+            f"{head} is tied to {embedding}, which a merge would change too; --untie gives it "
+            "values of its own"
         )
     stored = [name for name in shapes if name not in ties or is_stored(name, entries)]
     keys = _keys(stored, shapes, entries, whole)
@@ -93,21 +100,26 @@ def plan_edits(checkpoint: Checkpoint, adapters: _Adapters, *, untie: bool) -> E
     any_turned = any(
         entry.shape == shapes[name][::-1] != shapes[name]
         for name, entry in found.items()
-        if name not in whole
+        if name not in whole and name.removesuffix(".weight") not in embeddings
     )
     edits: dict[str, Edit] = {}
     for name, entry in found.items():
+        fqn, edit = name.removesuffix(".weight"), None
         if name in whole:
             edit = _replacement(name, entry, whole[name])
-        else:
-            edit = _update(name.removesuffix(".weight"), entry, adapters, any_turned=any_turned)
+            entry = dataclasses.replace(entry, shape=tuple(whole[name].shape))
+        if any(fqn in adapter.tensors for adapter, _ in adapters):
+            update = _update(fqn, entry, adapters, any_turned=any_turned)
+            edit = dataclasses.replace(update, replacement=edit and edit.replacement)
+        assert edit is not None
         edits[keys.get(name, name)] = edit
     check_ties(checkpoint, whole, alike)
     heads = [name for name in shapes if is_head(name) and name not in alike]
     return Edits(
         edits,
-        untied={name: source for name, source in ties.items() if name not in keys},
-        heads_differ=bool(heads),
+        untied={name: source for name, source in ties.items() if name not in keys} | followers,
+        heads_differ=bool(heads or followers),
+        was_tied=bool(ties or followers),
         vocabulary=new_vocabulary(found, whole, entries, edits),
     )
 
@@ -134,11 +146,6 @@ def _whole_tensors(adapters: _Adapters) -> dict[str, Tensor]:
                 f"an adapter brings {next(iter(adapter.whole))} as a whole, which cannot be "
                 "weighted or summed; merge it alone, with weight 1"
             )
-        if names := sorted(adapter.base_weights):
-            raise AdapterError(
-                f"an adapter brings {names[0]} as a whole and an update of it; load the model and "
-                "the adapter in Python, merge(model) and save_pretrained"
-            )
     return dict(adapters[0][0].whole)
 
 
@@ -154,8 +161,9 @@ def _update(fqn: str, entry: Entry, adapters: _Adapters, *, any_turned: bool) ->
             f"{fqn} is {shape[0]}×{shape[1]} (out×in) in the adapter and {got} in the checkpoint; "
             "merge the adapter into the model that it was trained on"
         )
-    transposed = entry.shape != shape
-    if shape[0] == shape[1]:
+    is_embedding = fqn in holders[0][0].embeddings
+    transposed = is_embedding or entry.shape != shape
+    if shape[0] == shape[1] and not is_embedding:
         transposed = any(adapter.parsed.fan_in_fan_out for adapter, _ in holders)
         if any_turned and not transposed:
             raise AdapterError(

@@ -32,6 +32,7 @@ from bridge.peft.formats.model_directory import (
 )
 from bridge.peft.formats.peft import AdapterFile, read_adapter
 from bridge.peft.formats.peft.fingerprint import differences
+from bridge.peft.merging.directory.base_copies import without_base_copies
 from bridge.peft.merging.directory.edits import Edits, plan_edits
 from bridge.peft.merging.directory.stream import Target, write_shard
 from bridge.peft.merging.in_memory import check_compute_dtype
@@ -94,10 +95,12 @@ def merge_directory(
         raise AdapterError(f"{output} exists; pass a directory that does not")
     paths = [(Path(path), weight) for path, weight in adapters]
     loaded = [(read_adapter(path), weight) for path, weight in paths]
+    with reading(model):
+        loaded = [(without_base_copies(checkpoint, a), weight) for a, weight in loaded]
     edits = plan_edits(checkpoint, loaded, untie=untie)
     with reading(model):
         tokenizer, notes = brought_tokenizer(model, [path for path, _ in paths])
-    notes += [*_other_bases(checkpoint, edits, loaded), *_whole(edits)]
+    notes += [*_other_bases(checkpoint, edits, loaded), *_whole(edits), *_untied(edits)]
     shards = {name: _lay_out(checkpoint, name, edits, dtype) for name in checkpoint.shards}
     part = output.with_name(output.name + _PART_SUFFIX)
     job = _identify(checkpoint, paths, (dtype, compute_dtype, untie))
@@ -158,6 +161,14 @@ def _whole(edits: Edits) -> Iterator[str]:
     if replaced:
         shown = [f"{fqn} ({'×'.join(map(str, t.shape))})" for fqn, t in sorted(replaced.items())]
         yield f"taken in full from the adapter: {some_names(shown)}"
+
+
+def _untied(edits: Edits) -> Iterator[str]:
+    """Say which tied tensors have values of their own now."""
+    if edits.was_tied and edits.heads_differ:
+        names = [f"{key} (was {source})" for key, source in edits.untied.items()]
+        what = some_names(names) if names else "the output head"
+        yield f"{what} is no longer tied; config.json says so too (tie_word_embeddings: false)"
 
 
 def _lay_out(

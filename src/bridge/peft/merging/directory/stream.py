@@ -98,7 +98,7 @@ def write_shard(
 
 
 def _update(target: Target, dtype: torch.dtype) -> Update | None:
-    if target.edit is None or target.edit.replacement is not None:
+    if target.edit is None or not target.edit.terms:
         return None
     for entry in (target.entry, target.source):
         dtype = torch.promote_types(dtype, FLOATING[entry.dtype])

@@ -23,15 +23,15 @@ from bridge.peft.branch.options import (
 from bridge.peft.branch.patch import adapted_class
 from bridge.peft.dtypes import sound_dtype
 from bridge.peft.errors import AdapterError, TargetError
-from bridge.peft.model.adapt import Planned, adapt_in_place, check_can_be_adapted
+from bridge.peft.model.adapt import Planned, PlannedTokens, adapt_in_place, check_can_be_adapted
 from bridge.peft.model.participation import check_still_adapted
 from bridge.peft.model.pretrained import random_modules
 from bridge.peft.model.trained_parameters import check_can_be_trained
-from bridge.peft.model.walk import adapted_modules, some_names, unwrap
+from bridge.peft.model.walk import adapter_parameters, some_names, unwrap
 from bridge.peft.model.weight_reads import read_weights
 from bridge.peft.ops.dispatch import ComputePath, choose_path
 from bridge.peft.parallel.layout import agreed_seed
-from bridge.peft.plan import Plan, PlanRow, TrainedRow
+from bridge.peft.plan import Plan, PlanRow, TokensRow, TrainedRow
 from bridge.peft.targets import (
     ALL_LINEAR,
     Candidate,
@@ -43,6 +43,7 @@ from bridge.peft.targets import (
     tied_modules,
 )
 from bridge.peft.tensors import full_tensor, is_plain, is_sharded
+from bridge.peft.token_targets import checked_tokens, match_tokens
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -68,6 +69,9 @@ class LoRA:
         use_rslora: `scale = alpha / sqrt(dim)`.
         modules_to_train: Entries of modules to train in full beside the branches, and to save
             with them: a new head, resized embeddings (PEFT's `modules_to_save`).
+        trainable_tokens: Tokens whose rows in the embedding are trained, beside the branches: the
+            indices for the input embedding, or `{"embed_tokens": indices}` (PEFT's
+            `trainable_token_indices`). What is tied to the embedding follows.
         seed: A depends on (seed, FQN) alone; None draws the seed from torch's default generator.
 
     Raises:
@@ -86,6 +90,7 @@ class LoRA:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
     modules_to_train: Sequence[str] = ()
+    trainable_tokens: Mapping[str, Sequence[int]] | Sequence[int] = ()
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -99,6 +104,7 @@ class LoRA:
                 raise AdapterError(f"{name} must map entries to numbers, got {pattern!r}")
             # A copy: what the caller does with theirs later is not checked.
             object.__setattr__(self, name, dict(pattern))
+        object.__setattr__(self, "trainable_tokens", checked_tokens(self.trainable_tokens))
         for key, dim in self.rank_pattern.items():
             check_dim(dim, f"rank_pattern[{key!r}]")
         for key, alpha in self.alpha_pattern.items():
@@ -145,13 +151,15 @@ class LoRA:
         check_can_be_adapted(model)
         root = unwrap(model)
         chosen, skipped, trained = self._match(root)
+        tokens = self._match_tokens(root, chosen, trained)
         read = read_weights(root)
         return Plan(
             rows=tuple(self._row(candidate, read) for candidate in chosen),
             trained_in_full=tuple(_trained_row(candidate) for candidate in trained),
+            token_rows=tuple(map(_tokens_row, tokens)),
             not_adapted=tuple(skipped),
             base_parameters=_count_parameters(root),
-            notes=tuple(self._notes(root, chosen, trained)),
+            notes=tuple(self._notes(root, chosen, trained, tokens)),
         )
 
     def __call__(self, model: Model) -> Model:
@@ -170,7 +178,8 @@ class LoRA:
         check_can_be_adapted(model)
         root = unwrap(model)
         chosen, _, trained = self._match(root)
-        for note in self._notes(root, chosen, trained):
+        tokens = self._match_tokens(root, chosen, trained)
+        for note in self._notes(root, chosen, trained, tokens):
             warnings.warn(note, stacklevel=2)
         seed = self.seed
         if seed is None:
@@ -182,6 +191,7 @@ class LoRA:
                 for c in chosen
             ],
             [candidate.module for candidate in trained],
+            tokens,
         )
         return model
 
@@ -207,11 +217,34 @@ class LoRA:
                     )
         return chosen, skipped, trained
 
-    def _notes(
+    def _match_tokens(
         self, model: nn.Module, chosen: Sequence[Candidate], trained: Sequence[Candidate]
+    ) -> list[PlannedTokens]:
+        """The embeddings of which some rows are trained, and nothing else."""
+        assert isinstance(self.trainable_tokens, Mapping)
+        planned = match_tokens(model, self.trainable_tokens)
+        whole = {m for candidate in trained for m in candidate.module.modules()}
+        branches = {candidate.module for candidate in chosen}
+        for fqn, *modules in ((p.fqn, p.module, *p.followers) for p in planned):
+            for others, what in ((branches, "target_modules"), (whole, "modules_to_train")):
+                if not others.isdisjoint(modules):
+                    raise TargetError(
+                        f"{fqn}, or what is tied to it, is named in trainable_tokens and in "
+                        f"{what}; leave it out of one"
+                    )
+        dtype = self.lora_dtype
+        return [plan._replace(dtype=dtype) for plan in planned] if dtype else planned
+
+    def _notes(
+        self,
+        model: nn.Module,
+        chosen: Sequence[Candidate],
+        trained: Sequence[Candidate],
+        tokens: Sequence[PlannedTokens],
     ) -> Iterator[str]:
         """What the user should know before training."""
         covered = {id(m) for candidate in trained for m in candidate.module.modules()}
+        covered |= {id(m) for plan in tokens for m in (plan.module, *plan.followers)}
         random = [f for f, m in random_modules(model).items() if id(m) not in covered]
         if random:
             yield (
@@ -283,11 +316,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
         (FSDP2) are gathered whole, so every rank must call.
     """
     check_still_adapted(unwrap(model))
-    return {
-        f"{fqn}.{name}".lstrip("."): full_tensor(parameter)
-        for fqn, module in adapted_modules(model)
-        for name, parameter in module.adapter_parameters().items()
-    }
+    return {name: full_tensor(parameter) for name, parameter in adapter_parameters(model)}
 
 
 def _entries(recipe: LoRA, name: str) -> str | tuple[str, ...]:
@@ -319,6 +348,17 @@ def _trained_row(candidate: Candidate) -> TrainedRow:
         base_type=type(candidate.module).__name__,
         parameters=sum(p.numel() for p in parameters),
         bytes=sum(p.numel() * p.element_size() for p in parameters),
+    )
+
+
+def _tokens_row(plan: PlannedTokens) -> TokensRow:
+    weight: Tensor = plan.module.weight  # pyright: ignore[reportAssignmentType]
+    return TokensRow(
+        fqn=plan.fqn,
+        tokens=len(plan.tokens),
+        embedding_dim=weight.shape[1],
+        dtype=plan.dtype or sound_dtype(weight.dtype),
+        followers=len(plan.followers),
     )
 
 

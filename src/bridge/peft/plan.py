@@ -75,6 +75,35 @@ class TrainedRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokensRow:
+    """One embedding of which the rows of some tokens are trained.
+
+    Attributes:
+        fqn: Fully qualified name.
+        tokens: How many.
+        embedding_dim: Length of a row.
+        dtype: Dtype of the rows.
+        followers: How many modules are tied to it, and have the same rows.
+    """
+
+    fqn: str
+    tokens: int
+    embedding_dim: int
+    dtype: torch.dtype
+    followers: int
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters."""
+        return self.tokens * self.embedding_dim
+
+    @property
+    def bytes(self) -> int:
+        """Their size."""
+        return self.parameters * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What would be adapted, what not, and the totals; `print(plan)` is a table.
 
@@ -83,6 +112,7 @@ class Plan:
         not_adapted: Linears, and what looks like one, that stay as they are, with the reason.
         base_parameters: Parameters of the model before.
         trained_in_full: Modules trained beside the branches.
+        token_rows: Embeddings of which some rows are trained.
         notes: What the user should know before training.
     """
 
@@ -90,16 +120,17 @@ class Plan:
     not_adapted: tuple[Skipped, ...]
     base_parameters: int
     trained_in_full: tuple[TrainedRow, ...] = ()
+    token_rows: tuple[TokensRow, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
     def trainable(self) -> int:
-        """Trainable parameters: A and B, and the modules trained in full."""
+        """Trainable parameters: A and B, the token rows, and the modules trained in full."""
         return self._adapter_parameters + sum(row.parameters for row in self.trained_in_full)
 
     @property
     def _adapter_parameters(self) -> int:
-        return sum(row.trainable for row in self.rows)
+        return sum(r.trainable for r in self.rows) + sum(r.parameters for r in self.token_rows)
 
     @property
     def share(self) -> float:
@@ -113,7 +144,7 @@ class Plan:
 
     @property
     def _full_bytes(self) -> int:
-        return sum(row.bytes for row in self.trained_in_full)
+        return sum(row.bytes for row in (*self.trained_in_full, *self.token_rows))
 
     @property
     def optimizer_bytes(self) -> int:
@@ -146,6 +177,10 @@ class Plan:
         return {
             "rows": rows,
             "trained_in_full": [dataclasses.asdict(row) for row in self.trained_in_full],
+            "token_rows": [
+                dataclasses.asdict(row) | {"dtype": dtype_name(row.dtype)}
+                for row in self.token_rows
+            ],
             "not_adapted": skipped,
             "notes": list(self.notes),
             "totals": totals,
@@ -170,6 +205,9 @@ class Plan:
         )
         for row in self.trained_in_full:
             yield f"trained in full: {row.fqn} ({row.base_type}, {row.parameters:,} parameters)"
+        for row in self.token_rows:
+            tied = f", and of {row.followers} modules tied to it" if row.followers else ""
+            yield f"trained rows: {row.tokens} tokens of {row.fqn}{tied}"
         for note in self.notes:
             yield f"note: {note}"
         if self.not_adapted:

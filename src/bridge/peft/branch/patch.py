@@ -39,7 +39,7 @@ def patch_in_place(
     adapted.attach_branch(module, options, start)
     module.__class__ = adapted  # pyright: ignore[reportAttributeAccessIssue]
     assert isinstance(module, LoRAMixin)
-    _renew_forward(module)
+    renew_forward_of(module)
     return module
 
 
@@ -53,11 +53,15 @@ def take_branch_off(layer: LoRAMixin) -> None:
         layer._modules.pop(name, None)
         vars(layer).pop(name, None)
     layer.__class__ = layer.base_type  # pyright: ignore[reportAttributeAccessIssue]
-    _renew_forward(layer)
+    renew_forward_of(layer)
 
 
-def _renew_forward(module: nn.Module) -> None:
-    """Show whoever keeps the bound forward of a module that of its class as it is now."""
+def renew_forward_of(module: nn.Module) -> None:
+    """Show whoever keeps the bound forward of a module that of its class as it is now.
+
+    Args:
+        module: Its class was changed.
+    """
     if "_hf_hook" in vars(module):  # accelerate's hooks
         vars(module)["_old_forward"] = type(module).forward.__get__(module)
     renew_forward(module)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bridge.peft.branch.mixin import LoRAMixin
+from bridge.peft.branch.token_rows import WithTokenRows
 from bridge.peft.doctor.report import Check, some, verdict
 from bridge.peft.doctor.sample_inputs import sample_inputs
 from bridge.peft.dtypes import TRAINABLE_DTYPES, dtype_name
@@ -27,6 +28,7 @@ from bridge.peft.merging.in_memory import merge_weight
 from bridge.peft.merging.report import LOST
 from bridge.peft.model.disable import disable_adapters
 from bridge.peft.model.participation import Watch
+from bridge.peft.model.walk import adapter_parameters
 from bridge.peft.tensors import all_finite, is_plain
 
 Layers = dict[str, LoRAMixin]
@@ -83,9 +85,22 @@ def _b_set_to(layers: Layers, value: str) -> Iterator[None]:
             weight.data = data
 
 
+@contextmanager
+def _token_rows_off(model: nn.Module) -> Iterator[None]:
+    """Within the context trained token rows, which have values from the start, take no part."""
+    modules = [m for m in model.modules() if isinstance(m, WithTokenRows)]
+    for module in modules:
+        module.adapter_enabled = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.adapter_enabled = True
+
+
 def _frozen(model: nn.Module, layers: Layers) -> Check:
     name = "what is trained"
-    own = {id(p) for layer in layers.values() for p in layer.adapter_parameters().values()}
+    own = {id(p) for _, p in adapter_parameters(model)}
     idle = [f for f, m in layers.items() if not all(p.requires_grad for p in _ab(m))]
     if idle:
         fix = "requires_grad_(True) on lora_a and lora_b of these modules"
@@ -194,7 +209,7 @@ def _runs(
     watch = Watch(model, layers)
     try:
         with torch.no_grad(), _b_set_to(layers, "zero"):
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _token_rows_off(model):
                 warnings.simplefilter("ignore")  # what the watch finds is this check's own result
                 with_branches = _first(model(**inputs))
             with disable_adapters(model):
@@ -216,7 +231,7 @@ def _save_and_load(model: nn.Module) -> Check:
         f"{fqn}.lora_{which}.weight".lstrip("."): tensor
         for fqn, pair in again.tensors.items()
         for which, tensor in zip("ab", pair, strict=True)
-    }
+    } | {f"{fqn}.token_rows.weight": rows for fqn, rows in again.tokens.items()}
     state = adapter_state_dict(model)
     if loaded.keys() == state.keys() and all(
         torch.equal(loaded[k], t.cpu()) for k, t in state.items()

@@ -14,6 +14,11 @@ from bridge.peft.errors import AdapterError
 from bridge.peft.merging.report import MergeReport, MergeRow
 from bridge.peft.merging.rounding import Rounding, Update, merge_rows, row_blocks
 from bridge.peft.merging.shared_weights import sharers
+from bridge.peft.merging.token_rows import (
+    check_rows_mergeable,
+    merge_token_rows,
+    unmerge_token_rows,
+)
 from bridge.peft.model.disable import check_kept
 from bridge.peft.model.participation import takes_no_part
 from bridge.peft.model.trained_parameters import forget_tie
@@ -105,11 +110,13 @@ def merge(
     layers, tied = _mergeable_layers(model, untie=untie)
     for fqn, layer in layers:
         _check_finite(fqn, layer, compute_dtype)
+    check_rows_mergeable(model)
     notes = _untie(model, tied)
     rows: list[MergeRow] = []
     try:
         for fqn, layer in layers:
             rows.append(_merge_layer(fqn, layer, compute_dtype, keep_base=keep_base))
+        notes += merge_token_rows(model, keep_base=keep_base)
     except BaseException:
         # out of memory, Ctrl-C: no model is left half merged if the originals are there
         for _, layer in layers:
@@ -136,6 +143,7 @@ def unmerge(model: nn.Module) -> None:
     for fqn, layer in merged:
         check_kept(fqn, layer)
         _check_enabled(fqn, layer)
+    unmerge_token_rows(model)
     for _, layer in merged:
         _restore(layer)
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from bridge.peft.branch.matrix import LoRAMatrix
 from bridge.peft.branch.mixin import LoRAMixin
+from bridge.peft.branch.token_rows import TokenRows, WithTokenRows
 from bridge.peft.errors import AdapterError
 from bridge.peft.model.walk import clean_fqn, input_embedding, output_head
 from bridge.peft.tensors import is_plain
@@ -26,7 +27,8 @@ def prepare_pretrained(model: nn.Module) -> None:
     _let_quantised_train(model)
     _keep_packed_weights_trainable(model)
     ends = {"output head": output_head(model), "input embedding": input_embedding(model)}
-    adapted = [name for name, module in ends.items() if isinstance(module, LoRAMixin)]
+    kinds = (LoRAMixin, WithTokenRows)
+    adapted = [name for name, module in ends.items() if isinstance(module, kinds)]
     if adapted and hasattr(model, "resize_token_embeddings"):
         refuse = functools.partial(_refuse_to_resize, adapted[0])
         vars(model)["resize_token_embeddings"] = refuse
@@ -57,7 +59,7 @@ def random_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
-    if isinstance(module, LoRAMatrix):
+    if isinstance(module, LoRAMatrix | TokenRows):
         return []
     return [p for p in module._parameters.values() if p is not None]
 

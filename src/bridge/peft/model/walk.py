@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from bridge.peft.branch.mixin import LoRAMixin
+from bridge.peft.branch.token_rows import TokenRows, WithTokenRows
 from bridge.peft.branch.wrapper import AdapterWrapper
 
 #: Classes that hold a model as `module` and are not part of it, by name.
@@ -72,6 +73,32 @@ def adapted_modules(model: nn.Module) -> Iterator[tuple[str, LoRAMixin | Adapter
             yield clean_fqn(fqn), module
 
 
+def token_rows_of(model: nn.Module) -> Iterator[tuple[str, WithTokenRows]]:
+    """The embeddings with rows of their own for some tokens, with their fully qualified names.
+
+    What is tied to one and follows it is left out.
+
+    Args:
+        model: A model, possibly inside `DistributedDataParallel` or compiled.
+    """
+    for fqn, module in unwrap(model).named_modules():
+        if isinstance(module, WithTokenRows) and module.followed_rows is None:
+            yield clean_fqn(fqn), module
+
+
+def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """A, B and what else is an adapter's own, under the names that the state dict gives them.
+
+    Args:
+        model: A model, possibly inside `DistributedDataParallel` or compiled.
+    """
+    for fqn, module in adapted_modules(model):
+        for name, parameter in module.adapter_parameters().items():
+            yield f"{fqn}.{name}".lstrip("."), parameter
+    for fqn, module in token_rows_of(model):
+        yield f"{fqn}.token_rows.weight".lstrip("."), module.rows.weight
+
+
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that the base model has or had, each once, by fully qualified name.
 
@@ -84,7 +111,7 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
         for fqn, module in modules.items()
         if isinstance(module, LoRAMixin)
         for child in ("lora_a", "lora_b", "dropout")
-    )
+    ) + tuple(f"{fqn}." for fqn, module in modules.items() if isinstance(module, TokenRows))
     return {fqn: module for fqn, module in modules.items() if not f"{fqn}.".startswith(own)}
 
 

@@ -117,6 +117,11 @@ def check_nothing_whole(adapter: AdapterFile, tool: str) -> None:
         adapter: A PEFT adapter.
         tool: Whose format cannot say it, for the message.
     """
+    if adapter.tokens:
+        raise AdapterError(
+            f"token rows of {next(iter(adapter.tokens))} are trained, which an adapter of {tool} "
+            "cannot hold; save it with the base model"
+        )
     if adapter.whole:
         raise AdapterError(
             f"{some_names(sorted(adapter.whole))} is saved in full, which an adapter of {tool} "

@@ -52,6 +52,8 @@ class AdapterFile:
         names_in_file: The file's name of each module that has another in the model.
         embeddings: The modules that are embeddings: A is (rank, num_embeddings) and B
             (embedding_dim, rank).
+        tokens: New rows of embeddings, (count, embedding_dim), in the order of the config's
+            indices.
     """
 
     config: dict[str, Any]
@@ -60,6 +62,7 @@ class AdapterFile:
     whole: dict[str, Tensor] = field(default_factory=dict)
     names_in_file: dict[str, str] = field(default_factory=dict)
     embeddings: set[str] = field(default_factory=set)
+    tokens: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def parsed(self) -> PeftConfig:
@@ -85,9 +88,15 @@ class AdapterFile:
         return self.names_in_file.get(fqn, fqn)
 
     def shapes(self) -> dict[str, tuple[int, ...] | None]:
-        """The shape (out_features, in_features) of every adapted weight, and of what is whole."""
-        adapted = {f"{f}.weight": (b.shape[0], a.shape[1]) for f, (a, b) in self.tensors.items()}
-        return adapted | {name: tuple(t.shape) for name, t in self.whole.items()}
+        """The shape (out_features, in_features) of every adapted weight, and of what is whole.
+
+        None for an embedding of which the file has some rows only.
+        """
+        adapted: dict[str, tuple[int, ...] | None] = {
+            f"{f}.weight": (b.shape[0], a.shape[1]) for f, (a, b) in self.tensors.items()
+        }
+        rows = dict.fromkeys(f"{fqn}.weight" for fqn in self.tokens)
+        return adapted | rows | {name: tuple(t.shape) for name, t in self.whole.items()}
 
     @property
     def frozen(self) -> set[str]:
@@ -97,6 +106,12 @@ class AdapterFile:
     def rank(self, fqn: str) -> int:
         """The rank of one module: that of its tensors."""
         return self.tensors[fqn][0].shape[0]
+
+    def token_indices(self, fqn: str) -> tuple[int, ...]:
+        """The tokens that the new rows of one embedding are of, in the order of the rows."""
+        named = self.parsed.trainable_token_indices
+        ends = [end for end in named if end and self.name_in_file(fqn).endswith(end)]
+        return named.get(ends[0] if ends else "", ())
 
     def alpha(self, fqn: str) -> float:
         """The alpha of one module, the config's pattern applied."""
@@ -162,6 +177,7 @@ def adapter_from(
     contents = split_keys(tensors)
     adapter.tensors.update(contents.pairs)
     adapter.embeddings.update(contents.embeddings)
+    adapter.tokens.update(contents.tokens)
     adapter.whole.update(_whole_tensors(contents.rest, contents.pairs))
     check_adapter(adapter)
     return adapter
@@ -184,6 +200,17 @@ def check_adapter(adapter: AdapterFile) -> None:
                 f"the file has tensors for {fqn}, which target_modules does not match; save the "
                 "adapter again"
             )
+    for fqn, rows in adapter.tokens.items():
+        if fqn in adapter.tensors or len(adapter.token_indices(fqn)) != len(rows):
+            raise AdapterFileError(
+                f"the file has {len(rows)} token rows for {fqn}, and its config names "
+                f"{len(adapter.token_indices(fqn))} tokens of it; save the adapter again"
+            )
+    if parsed.trainable_token_indices and not adapter.tokens:
+        raise AdapterFileError(
+            "the config says trainable_token_indices, and the file has no token rows; save the "
+            "adapter again"
+        )
 
 
 def check_new(directory: str | Path) -> None:
@@ -218,6 +245,8 @@ def write_adapter(adapter: AdapterFile, directory: str | Path) -> Path:
     for fqn, pair in adapter.tensors.items():
         for suffix, tensor in zip(_SUFFIXES[fqn in adapter.embeddings], pair, strict=True):
             tensors[f"{KEY_PREFIX}{fqn}.{suffix}"] = tensor
+    for fqn, rows in adapter.tokens.items():
+        tensors[f"{KEY_PREFIX}{fqn}.token_adapter.trainable_tokens_delta"] = rows
     write_files(
         directory,
         {
@@ -255,6 +284,8 @@ def _is_trained(name: str, config: PeftConfig) -> bool:
 
 def _whole_key(name: str, adapter: AdapterFile) -> str:
     fqn, _, last = name.rpartition(".")
+    if fqn in adapter.tokens:
+        return f"{KEY_PREFIX}{fqn}.original_module.{last}"
     return KEY_PREFIX + (f"{fqn}{_BASE}{last}" if fqn in adapter.tensors else name)
 
 

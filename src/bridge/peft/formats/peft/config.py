@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from bridge.peft.errors import AdapterFileError
@@ -61,6 +61,8 @@ class PeftConfig:
         modules_to_save: Ends of the names of modules that are saved whole.
         bias: `"none"`, `"lora_only"` or `"all"`: which biases the file holds.
         fan_in_fan_out: Whether the base's weights are transposed, (in_features, out_features).
+        trainable_token_indices: Tokens whose rows are trained, by the end of the name of their
+            embedding; that of the input embedding is empty.
     """
 
     r: int
@@ -76,6 +78,7 @@ class PeftConfig:
     modules_to_save: tuple[str, ...] = ()
     bias: str = "none"
     fan_in_fan_out: bool = False
+    trainable_token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def is_target(self, fqn: str) -> bool:
         """Whether PEFT would adapt the module of this name; `"all-linear"` needs the model.

@@ -11,6 +11,7 @@ from torch import nn
 from bridge.peft.branch.kinds.embedding import EmbeddingAdapter
 from bridge.peft.branch.kinds.read_linear import ReadLinearAdapter
 from bridge.peft.branch.mixin import LoRAMixin
+from bridge.peft.branch.token_rows import WithTokenRows
 from bridge.peft.errors import AdapterError
 from bridge.peft.formats.peft.adapter_file import AdapterFile
 from bridge.peft.formats.peft.config import alpha_for, new_config, scale_of
@@ -18,7 +19,14 @@ from bridge.peft.formats.peft.fingerprint import fingerprint
 from bridge.peft.formats.peft.names import choose_targets
 from bridge.peft.formats.peft.saved_whole import whole_of
 from bridge.peft.model.participation import check_still_adapted
-from bridge.peft.model.walk import adapted_modules, base_modules, output_head, some_names, unwrap
+from bridge.peft.model.walk import (
+    adapted_modules,
+    base_modules,
+    output_head,
+    some_names,
+    token_rows_of,
+    unwrap,
+)
 from bridge.peft.tensors import full_tensor
 from bridge.peft.version import __version__
 
@@ -47,6 +55,10 @@ def adapter_of(model: nn.Module) -> AdapterFile:
         extra["exceptions"] = exceptions
     extra["base"] = fingerprint(layers)
     whole, whole_fields = whole_of(root, layers, others)
+    tokens = _token_rows(root)
+    if tokens:
+        indices = {fqn: list(module.rows.tokens) for fqn, module in tokens.items()}
+        whole_fields["trainable_token_indices"] = indices
     config = new_config(
         {fqn: layer.dim for fqn, layer in layers.items()},
         alphas,
@@ -65,7 +77,12 @@ def adapter_of(model: nn.Module) -> AdapterFile:
     }
     embeddings = {f for f, m in layers.items() if isinstance(m, EmbeddingAdapter)}
     return AdapterFile(
-        config=config, tensors=tensors, extra=extra, whole=whole, embeddings=embeddings
+        config=config,
+        tensors=tensors,
+        extra=extra,
+        whole=whole,
+        embeddings=embeddings,
+        tokens={fqn: full_tensor(m.rows.weight) for fqn, m in tokens.items()},
     )
 
 
@@ -90,6 +107,16 @@ def _layers(model: nn.Module) -> dict[str, LoRAMixin]:
     if not layers:
         raise AdapterError("the model has no adapters to save; LoRA(...)(model) adds them")
     return layers
+
+
+def _token_rows(model: nn.Module) -> dict[str, WithTokenRows]:
+    found = dict(token_rows_of(model))
+    for fqn, module in found.items():
+        if module.rows.weight.is_meta:
+            raise AdapterError(f"{fqn} is on the meta device and has no values to save; load them")
+        if not module.adapter_enabled:
+            raise AdapterError(f"{fqn} is switched off; leave disable_adapters before you save")
+    return found
 
 
 def _fan_in_fan_out(layers: dict[str, LoRAMixin]) -> bool:

@@ -4,6 +4,7 @@ base_model.model.….q_proj.lora_A.weight   as PEFT saves it
 ….q_proj.lora_A.default.weight            as in a live PEFT model, with the adapter's name
 ….q_proj.lora_a.weight                    ours (`adapter_state_dict`), Automodel's
 ….embed_tokens.lora_embedding_A           an embedding's, as PEFT saves it
+….embed_tokens.token_adapter.trainable_tokens_delta   new values of some rows of an embedding
 ….q_proj[.adapter].linear_in.weight       of the layers in version 0.2 of Megatron-Bridge
 
 Keys are cut at their ends only, so modules may be called `lora_A`, `weight` or `base_model`.
@@ -40,12 +41,15 @@ _LETTERS = {"in": "A", "out": "B"}
 #: In the keys of adapters that compute something else, and what that is.
 _OTHER_KINDS = {
     ".lora_magnitude_vector": "DoRA",
-    ".token_adapter.": "trained token embeddings",
     ".lora_B.bias": "a bias on B",
 }
 #: Modules that may be one and the same matrix, by the last component of their names.
 _HEADS = ("lm_head", "embed_out", "output_layer", "output", "head", "decoder", "proj_out")
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings")
+#: New rows, as PEFT saves them and as they are in a live PEFT model.
+_TOKEN_ROWS = re.compile(r"(?P<fqn>.+?)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?")
+#: Levels of PEFT's wrapper around an embedding with such rows.
+_TOKEN_LEVELS = (".token_adapter.base_layer.", ".token_adapter.", ".original_module.")
 _COPY, _ORIGINAL = ".modules_to_save.", ".original_module."
 
 
@@ -105,11 +109,13 @@ class Contents:
     Attributes:
         pairs: A and B by module.
         embeddings: Those of the modules that are embeddings.
+        tokens: New rows of embeddings, by module.
         rest: The other tensors, by name in the base model.
     """
 
     pairs: dict[str, tuple[Tensor, Tensor]]
     embeddings: set[str]
+    tokens: dict[str, Tensor]
     rest: dict[str, Tensor]
 
 
@@ -141,12 +147,43 @@ def split_keys(tensors: Mapping[str, Tensor]) -> Contents:
     for key, m in found.items():
         halves.add(m["fqn"], _LETTERS.get(m["half"], m["half"].upper()), tensors[key], key)
     rest = {name: tensors[key] for key, name in names.items() if key not in found}
+    rest, tokens = _without_tokens(rest)
     pairs = halves.pairs()
     return Contents(
         pairs,
         {m["fqn"] for m in found.values() if _is_of_embedding(m)},
+        tokens,
         _trained_copies(rest, adapters.pop()),
     )
+
+
+def _without_tokens(rest: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors but the new rows of embeddings, and those by module.
+
+    PEFT may save the embedding beside its rows, under one or two names of its wrapper's.
+    """
+    found = {name: m for name in rest if (m := _TOKEN_ROWS.fullmatch(name))}
+    tokens: dict[str, Tensor] = {}
+    for name, m in found.items():
+        if m["fqn"] in tokens or rest[name].dim() != 2 or not rest[name].numel():
+            raise AdapterFileError(
+                f"{name[:80]!r} is not a matrix of token rows, or there are two; save the adapter "
+                "again"
+            )
+        tokens[m["fqn"]] = rest[name]
+    kept: dict[str, Tensor] = {}
+    for name, tensor in rest.items():
+        if name in found:
+            continue
+        own = name
+        for level in _TOKEN_LEVELS if found else ():
+            own = own.replace(level, ".")
+        if own in kept and not torch.equal(kept[own], tensor):
+            raise AdapterFileError(
+                f"the file holds two values of {own} that differ; save the adapter again"
+            )
+        kept[own] = tensor
+    return kept, tokens
 
 
 def _is_of_embedding(key: re.Match[str]) -> bool:

@@ -9,17 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from bridge.peft.branch.mixin import LoRAMixin
+from bridge.peft.branch.token_rows import WithTokenRows
 from bridge.peft.errors import AdapterError, AdapterFileError
 from bridge.peft.formats.peft.adapter_file import AdapterFile, read_adapter, write_adapter
 from bridge.peft.formats.peft.describe import adapter_of
 from bridge.peft.formats.peft.fingerprint import differences
-from bridge.peft.formats.peft.fit import plan_load
+from bridge.peft.formats.peft.fit import plan_load, plan_tokens
 from bridge.peft.formats.peft.places import placed
 from bridge.peft.formats.peft.saved_whole import parameters_saved_whole, replacements
 from bridge.peft.lora import Model
 from bridge.peft.model.adapt import Planned, adapt_in_place, check_can_be_adapted
 from bridge.peft.model.trained_parameters import replace_parameters
-from bridge.peft.model.walk import adapted_modules, unwrap
+from bridge.peft.model.walk import adapted_modules, adapter_parameters, unwrap
 from bridge.peft.tensors import is_sharded, sharded_like
 
 
@@ -43,7 +44,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
         AdapterError: The model has no adapters, or the directory cannot be written to.
     """
     adapter = adapter_of(model)
-    parameters = [p for _, m in adapted_modules(model) for p in m.adapter_parameters().values()]
+    parameters = [parameter for _, parameter in adapter_parameters(model)]
     parameters += [p for _, p in parameters_saved_whole(unwrap(model)).values()]
     if not any(map(is_sharded, parameters)):
         return write_adapter(adapter, directory)
@@ -91,13 +92,18 @@ def load_adapter(
         check_can_be_adapted(model)
     adapter = placed(read_adapter(directory), root)
     planned, present = plan_load(adapter, root, lora_dtype)
+    tokens = plan_tokens(adapter, root, lora_dtype)
     modules = {adapter.name_in_file(fqn): module for fqn, module, _ in planned}
     _check_base(adapter, modules, strict)
     tensors, whole = adapter.tensors, replacements(adapter, root)
     if present:
         _set_values([(module, *tensors[fqn]) for fqn, module, _ in planned])
+        for plan in tokens:
+            assert isinstance(plan.module, WithTokenRows) and plan.values is not None
+            plan.module.rows.set_to(plan.values)
     else:
-        adapt_in_place(root, [Planned(*item, tensors[item[0]]) for item in planned])
+        branches = [Planned(*item, tensors[item[0]]) for item in planned]
+        adapt_in_place(root, branches, tokens=tokens)
     replace_parameters(root, whole, adapter.frozen)
     return model
 

@@ -60,12 +60,14 @@ def placed(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
         names = {old: found[0].get(name, name) for old, name in names.items()}
     if len(set(names.values())) < len(names) or all(old == new for old, new in names.items()):
         return adapter
-    fqns = {fqn: names[f"{fqn}.weight"].removesuffix(".weight") for fqn in adapter.tensors}
+    adapted = (*adapter.tensors, *adapter.tokens)
+    fqns = {fqn: names[f"{fqn}.weight"].removesuffix(".weight") for fqn in adapted}
     return dataclasses.replace(
         adapter,
         tensors={fqns[fqn]: pair for fqn, pair in adapter.tensors.items()},
         whole={names[name]: tensor for name, tensor in adapter.whole.items()},
         names_in_file={new: old for old, new in fqns.items()},
+        tokens={fqns[fqn]: rows for fqn, rows in adapter.tokens.items()},
         embeddings={fqns[fqn] for fqn in adapter.embeddings},
     )
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from bridge.peft.errors import AdapterError
@@ -38,12 +39,14 @@ class Edit:
         terms: A, B and scale of each adapter to add; empty for a mere replacement.
         transposed: The tensor is stored as (in_features, out_features).
         replacement: The values that stand in for it, or that the terms are added to.
+        rows: New values of some rows, and which those are, in ascending order.
     """
 
     fqn: str
     terms: tuple[Term, ...] = ()
     transposed: bool = False
     replacement: Tensor | None = None
+    rows: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ def plan_edits(checkpoint: Checkpoint, adapters: _Adapters, *, untie: bool) -> E
         assert edit is not None
         edits[keys.get(name, name)] = edit
     check_ties(checkpoint, whole, alike)
+    edits |= _token_rows(adapters, entries, edits)
     heads = [name for name in shapes if is_head(name) and name not in alike]
     return Edits(
         edits,
@@ -122,6 +126,32 @@ def plan_edits(checkpoint: Checkpoint, adapters: _Adapters, *, untie: bool) -> E
         was_tied=bool(ties or followers),
         vocabulary=new_vocabulary(found, whole, entries, edits),
     )
+
+
+def _token_rows(
+    adapters: _Adapters, entries: Mapping[str, Entry], edits: Mapping[str, Edit]
+) -> dict[str, Edit]:
+    """The edits of embeddings of which an adapter brings some rows."""
+    found: dict[str, Edit] = {}
+    for fqn, rows in adapters[0][0].tokens.items():
+        keys = [key for key in entries if _is_end_of(key, f"{fqn}.weight")]
+        if len(keys) != 1:
+            raise _not_found([fqn], 1, entries)
+        edit, tokens = edits.get(keys[0], Edit(fqn)), adapters[0][0].token_indices(fqn)
+        base = entries[keys[0]].shape if edit.replacement is None else edit.replacement.shape
+        if edit.terms or entries[keys[0]].dtype not in FLOATING or max(tokens) >= base[0]:
+            raise AdapterError(
+                f"the adapter brings rows of {fqn} for tokens up to {max(tokens)}, and the "
+                f"checkpoint holds {base[0]} ({entries[keys[0]].dtype}); load the kind of model "
+                "that it was trained on and the adapter in Python, merge(model) and save_pretrained"
+            )
+        order = torch.tensor(tokens).argsort()
+        found[keys[0]] = dataclasses.replace(edit, rows=(rows[order], torch.tensor(tokens)[order]))
+    return found
+
+
+def _is_end_of(key: str, name: str) -> bool:
+    return f".{name}".endswith(f".{key}") or f".{key}".endswith(f".{name}")
 
 
 def _shapes(adapters: _Adapters) -> dict[str, tuple[int, ...]]:
@@ -141,10 +171,11 @@ def _shapes(adapters: _Adapters) -> dict[str, tuple[int, ...]]:
 
 def _whole_tensors(adapters: _Adapters) -> dict[str, Tensor]:
     for adapter, weight in adapters:
-        if adapter.whole and (len(adapters) > 1 or weight != 1):
+        brought = [*adapter.whole, *(f"rows of {fqn}" for fqn in adapter.tokens)]
+        if brought and (len(adapters) > 1 or weight != 1):
             raise AdapterError(
-                f"an adapter brings {next(iter(adapter.whole))} as a whole, which cannot be "
-                "weighted or summed; merge it alone, with weight 1"
+                f"an adapter brings {brought[0]} as a whole, which cannot be weighted or summed; "
+                "merge it alone, with weight 1"
             )
     return dict(adapters[0][0].whole)
 

@@ -158,6 +158,9 @@ def _other_bases(
 def _whole(edits: Edits) -> Iterator[str]:
     """Say which tensors the adapter replaces, with their shapes."""
     replaced = {e.fqn: e.replacement for e in edits.by_key.values() if e.replacement is not None}
+    for edit in edits.by_key.values():
+        if edit.rows is not None:
+            yield f"{len(edit.rows[0])} rows of {edit.fqn} are the adapter's"
     if replaced:
         shown = [f"{fqn} ({'×'.join(map(str, t.shape))})" for fqn, t in sorted(replaced.items())]
         yield f"taken in full from the adapter: {some_names(shown)}"

@@ -155,6 +155,17 @@ class _Files:
         return total
 
     def _read(self, target: Target, piece: slice) -> Tensor:
+        """These rows of the base, or of what replaces it, with the new ones among them."""
+        values = self._stored(target, piece)
+        if target.edit is None or target.edit.rows is None:
+            return values
+        rows, tokens = target.edit.rows
+        here = (tokens >= piece.start) & (tokens < piece.stop)
+        # no row is rounded to less than what is written
+        values = values.to(torch.promote_types(values.dtype, FLOATING[target.entry.dtype]))
+        return values.index_copy(0, tokens[here] - piece.start, rows[here].to(values.dtype))
+
+    def _stored(self, target: Target, piece: slice) -> Tensor:
         """These rows of the base, where the system has them in memory, or of what replaces it."""
         dtype, columns, size = _row(target, target.source)
         if target.edit is not None and target.edit.replacement is not None:

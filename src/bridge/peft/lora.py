@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from bridge.peft.branch.options import (
     BranchOptions,
     DropoutPosition,
     InitMethod,
+    are_ranges,
     check_alpha,
     check_dim,
 )
@@ -24,6 +26,7 @@ from bridge.peft.branch.patch import adapted_class
 from bridge.peft.dtypes import sound_dtype
 from bridge.peft.errors import AdapterError, TargetError
 from bridge.peft.model.adapt import Planned, PlannedTokens, adapt_in_place, check_can_be_adapted
+from bridge.peft.model.fused_parts import rows_of_parts
 from bridge.peft.model.participation import check_still_adapted
 from bridge.peft.model.pretrained import random_modules
 from bridge.peft.model.trained_parameters import check_can_be_trained
@@ -72,6 +75,8 @@ class LoRA:
         trainable_tokens: Tokens whose rows in the embedding are trained, beside the branches: the
             indices for the input embedding, or `{"embed_tokens": indices}` (PEFT's
             `trainable_token_indices`). What is tied to the embedding follows.
+        parts: Parts of fused projections to adapt, by entry: `{"c_attn": ["q", "v"]}`, or ranges
+            of rows, `{"my_qkv": [(0, 64), (128, 192)]}`; the other rows of B stay zero.
         seed: A depends on (seed, FQN) alone; None draws the seed from torch's default generator.
 
     Raises:
@@ -91,6 +96,7 @@ class LoRA:
     use_rslora: bool = False
     modules_to_train: Sequence[str] = ()
     trainable_tokens: Mapping[str, Sequence[int]] | Sequence[int] = ()
+    parts: Mapping[str, Sequence[str | Sequence[int]]] = field(default_factory=dict)
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -105,11 +111,12 @@ class LoRA:
             # A copy: what the caller does with theirs later is not checked.
             object.__setattr__(self, name, dict(pattern))
         object.__setattr__(self, "trainable_tokens", checked_tokens(self.trainable_tokens))
+        object.__setattr__(self, "parts", _checked_parts(self.parts))
         for key, dim in self.rank_pattern.items():
             check_dim(dim, f"rank_pattern[{key!r}]")
         for key, alpha in self.alpha_pattern.items():
             check_alpha(alpha, f"alpha_pattern[{key!r}]")
-        for key in (*self.rank_pattern, *self.alpha_pattern):
+        for key in (*self.rank_pattern, *self.alpha_pattern, *self.parts):
             _check_entry("a pattern", key)
         if self.seed is not None and (not isinstance(self.seed, int) or self.seed < 0):
             raise AdapterError(f"seed must be an integer >= 0 or None, got {self.seed!r}")
@@ -126,6 +133,17 @@ class LoRA:
         dim = _first_match(self.rank_pattern, candidate, self.dim)
         alpha = _first_match(self.alpha_pattern, candidate, self.alpha)
         return self._options(dim, alpha, self.lora_dtype or sound_dtype(_weight(candidate).dtype))
+
+    def _planned_options(self, model: nn.Module, candidate: Candidate) -> BranchOptions:
+        """`options_for`, and the rows of B that the chosen parts of the module are."""
+        options, parts = self.options_for(candidate), _first_match(self.parts, candidate, ())
+        if not parts:
+            return options
+        kind = adapted_class(type(candidate.module))
+        if not kind.in_all_linear:
+            raise TargetError(f"parts: {candidate.fqn} is no linear, and has no parts")
+        rows = rows_of_parts(model, candidate.fqn, kind.features(candidate.module)[1], parts)
+        return dataclasses.replace(options, rows=rows)
 
     def _options(self, dim: int, alpha: float, lora_dtype: torch.dtype | None) -> BranchOptions:
         return BranchOptions(
@@ -154,7 +172,10 @@ class LoRA:
         tokens = self._match_tokens(root, chosen, trained)
         read = read_weights(root)
         return Plan(
-            rows=tuple(self._row(candidate, read) for candidate in chosen),
+            rows=tuple(
+                self._row(candidate, options, read)
+                for candidate, options in zip(chosen, self._all_options(root, chosen), strict=True)
+            ),
             trained_in_full=tuple(_trained_row(candidate) for candidate in trained),
             token_rows=tuple(map(_tokens_row, tokens)),
             not_adapted=tuple(skipped),
@@ -179,6 +200,7 @@ class LoRA:
         root = unwrap(model)
         chosen, _, trained = self._match(root)
         tokens = self._match_tokens(root, chosen, trained)
+        all_options = self._all_options(root, chosen)
         for note in self._notes(root, chosen, trained, tokens):
             warnings.warn(note, stacklevel=2)
         seed = self.seed
@@ -187,8 +209,8 @@ class LoRA:
         adapt_in_place(
             root,
             [
-                Planned(c.fqn, c.module, self.options_for(c), derive_seed(seed, c.fqn))
-                for c in chosen
+                Planned(c.fqn, c.module, options, derive_seed(seed, c.fqn))
+                for c, options in zip(chosen, all_options, strict=True)
             ],
             [candidate.module for candidate in trained],
             tokens,
@@ -208,14 +230,18 @@ class LoRA:
         for candidate in trained:
             alone |= dict.fromkeys(candidate.module.modules(), "trained in full")
         chosen, skipped = match_targets(model, self.target_modules, self.exclude_modules, alone)
-        for name, pattern in (("rank", self.rank_pattern), ("alpha", self.alpha_pattern)):
+        patterns = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        for name, pattern in (patterns | {"parts": self.parts}).items():
             for entry in pattern:
                 if not any(candidate.matches(entry) for candidate in chosen):
                     raise TargetError(
-                        f"{name}_pattern entry {entry!r} matches none of the {len(chosen)} linears "
+                        f"{name} entry {entry!r} matches none of the {len(chosen)} linears "
                         f"to adapt{did_you_mean(entry, chosen)}"
                     )
         return chosen, skipped, trained
+
+    def _all_options(self, model: nn.Module, chosen: Sequence[Candidate]) -> list[BranchOptions]:
+        return [self._planned_options(model, candidate) for candidate in chosen]
 
     def _match_tokens(
         self, model: nn.Module, chosen: Sequence[Candidate], trained: Sequence[Candidate]
@@ -266,7 +292,8 @@ class LoRA:
                 )
         read = read_weights(model)
         embeddings = {c.fqn: c.module for c in chosen if isinstance(c.module, nn.Embedding)}
-        undropped = [c.fqn for c in chosen if c.module in read and c.fqn not in embeddings]
+        passed = [c.fqn for c in chosen if c.module in read and not isinstance(c.module, nn.Linear)]
+        undropped = [c.fqn for c in chosen if c.module in read and c.fqn not in passed]
         if self.dropout and undropped:
             yield f"{some_names(undropped)}: read by the model's own code, where dropout cannot act"
         if self.dropout and self.dropout_position == "pre" and embeddings:
@@ -274,14 +301,18 @@ class LoRA:
                 f"{some_names([*embeddings])}: an embedding's input is a token, of which dropout "
                 "drops nothing; dropout_position='post' acts there"
             )
-        if passed := [fqn for fqn, module in embeddings.items() if module in read]:
+        if passed:
             yield (
                 f"{some_names(passed)}: the model's own code reads its weight too, where the "
                 "branch takes no part, and merging would change that; leave it out"
             )
 
-    def _row(self, candidate: Candidate, read: Mapping[nn.Module, Sequence[nn.Module]]) -> PlanRow:
-        options = self.options_for(candidate)
+    def _row(
+        self,
+        candidate: Candidate,
+        options: BranchOptions,
+        read: Mapping[nn.Module, Sequence[nn.Module]],
+    ) -> PlanRow:
         module, weight = candidate.module, _weight(candidate)
         adapted = adapted_class(type(module))
         plain = adapted.plain_forward and (is_plain(weight) or is_sharded(weight))
@@ -300,6 +331,7 @@ class LoRA:
             dtype=options.resolve_dtype(weight.dtype),
             path=path.name,
             reason=path.reason,
+            trained_rows=sum(stop - start for start, stop in options.rows or ()) or n_out,
             looked_up=isinstance(module, nn.Embedding),
         )
 
@@ -360,6 +392,19 @@ def _tokens_row(plan: PlannedTokens) -> TokensRow:
         dtype=plan.dtype or sound_dtype(weight.dtype),
         followers=len(plan.followers),
     )
+
+
+def _checked_parts(parts: Any) -> dict[str, tuple[str | Sequence[int], ...]]:
+    if not isinstance(parts, Mapping):
+        raise AdapterError(f"parts must map entries to parts, got {parts!r:.80}")
+    for value in parts.values():
+        is_list = isinstance(value, Sequence) and not isinstance(value, str) and value
+        if not is_list or not all(isinstance(p, str) or are_ranges([p]) for p in value):
+            raise AdapterError(
+                "parts takes names and (first, end) of rows, like {'c_attn': ['q', 'v']}, got "
+                f"{parts!r:.80}"
+            )
+    return {entry: tuple(value) for entry, value in parts.items()}
 
 
 def _first_match(pattern: Mapping[str, Any], candidate: Candidate, default: Any) -> Any:

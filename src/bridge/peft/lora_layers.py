@@ -18,7 +18,9 @@ from bridge.peft._optional import TELinear
 from bridge.peft.branch.kinds import LinearAdapter, TELinearAdapter
 from bridge.peft.branch.options import BranchOptions, DropoutPosition, InitMethod
 from bridge.peft.branch.patch import patch_in_place
+from bridge.peft.branch.registry import kind_of
 from bridge.peft.branch.wrapper import LoRALinear
+from bridge.peft.errors import UnsupportedLinearError
 
 __all__ = ["LinearAdapter", "LoRALinear", "TELinearAdapter", "patch_linear_module"]
 
@@ -65,5 +67,11 @@ def patch_linear_module(
         lora_A_init_method=lora_A_init_method,
         lora_dtype=lora_dtype,
     )
+    kind = kind_of(type(orig_linear))
+    if kind is not None and not kind.in_all_linear:
+        raise UnsupportedLinearError(
+            f"cannot adapt {type(orig_linear).__name__}: it is not a linear; "
+            "LoRA(target_modules=[its name])(model) adapts embeddings and convolutions"
+        )
     patch_in_place(orig_linear, options)
     return orig_linear

@@ -31,6 +31,8 @@ class PlanRow:
         dtype: Dtype of A and B.
         path: Which path computes the layer.
         reason: Why that path.
+        trained_rows: Rows of B that are trained; fewer than out_features where parts of a fused
+            projection are.
         looked_up: Whether A is looked up, as an embedding's is, and not multiplied with.
     """
 
@@ -44,6 +46,7 @@ class PlanRow:
     dtype: torch.dtype
     path: str
     reason: str
+    trained_rows: int
     looked_up: bool = False
 
     @property
@@ -232,6 +235,8 @@ def _grouped(rows: tuple[PlanRow, ...]) -> Iterator[tuple[str, ...]]:
     groups: dict[tuple[Any, ...], list[PlanRow]] = {}
     for row in rows:
         shape = f"{row.out_features}×{row.in_features}"
+        if row.trained_rows < row.out_features:
+            shape = f"{row.trained_rows} of {shape}"
         key = (_starred(row.fqn), row.base_type, shape, row.dim, f"{row.scale:g}", row.path)
         groups.setdefault(key, []).append(row)
     for (name, base_type, shape, dim, scale, path), members in groups.items():

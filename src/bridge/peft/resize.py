@@ -104,6 +104,11 @@ def resize(adapter: AdapterFile, dim: int, *, seed: int = 0) -> tuple[AdapterFil
     rows: list[ResizeRow] = []
     for fqn, (a, b) in adapter.tensors.items():
         method = branch_settings(adapter.extra, fqn, 0.0)["lora_A_init_method"]
+        if (kernel := adapter.kernels.get(fqn)) is not None and kernel.groups > 1:
+            raise AdapterError(
+                f"{fqn} is a convolution of {kernel.groups} groups, whose B has blocks of one "
+                "rank; it cannot be resized"
+            )
         is_embedding = fqn in adapter.embeddings
         methods = ("zeros", "normal") if is_embedding else (method, "zeros")
         tensors[fqn] = _resized(a, b, dim, methods, derive_seed(seed, fqn))
@@ -122,7 +127,9 @@ def _resized(
     a: Tensor, b: Tensor, dim: int, methods: tuple[str, str], seed: int
 ) -> tuple[Tensor, Tensor]:
     if dim < a.shape[0]:
+        is_zero = ~b.any(1)  # rows that are not trained, which rounding must not touch
         a, b = truncated(a, b, min(dim, a.shape[1], b.shape[0]))
+        b = b.masked_fill(is_zero.unsqueeze(1), 0.0)
     missing = dim - a.shape[0]  # also where the module is narrower than the rank
     if missing == 0:
         return a.contiguous(), b.contiguous()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from bridge.peft.branch.matrix import LoRAMatrix
+from bridge.peft.branch.matrix import Blocks, LoRAMatrix
 from bridge.peft.branch.options import BranchOptions, DropoutPosition, InitMethod
 from bridge.peft.branch.untouched import check_untouched, foreign_patch
 from bridge.peft.dtypes import TRAINABLE_DTYPES
@@ -126,6 +126,13 @@ class LoRAMixin(nn.Module):
         return options.lora_A_init_method, "zeros"
 
     @classmethod
+    def blocks_of_b(cls, module: nn.Module, options: BranchOptions) -> Blocks | None:
+        """What of B is not zero; None where all of it is trained."""
+        if options.rows is None:
+            return None
+        return tuple((start, stop, 0, options.dim) for start, stop in options.rows)
+
+    @classmethod
     def features(cls, module: nn.Module) -> tuple[int, int]:
         """`(in_features, out_features)` of a module that this kind takes."""
         return module.in_features, module.out_features  # pyright: ignore[reportReturnType]
@@ -176,7 +183,7 @@ class LoRAMixin(nn.Module):
     def _add_branch(self, base_out: Tensor, x: Tensor) -> Tensor:
         if self.has_hooks_on_a_or_b():
             return self._add_branch_by_calls(base_out, x)
-        a, b = self.lora_a.weight, self.lora_b.weight
+        a, b = self.lora_a.weight, self.lora_b.values
         add = add_sharded_branch if is_sharded(a) else lora_add
         return add(base_out, x, a, b, self.scale, self.dropout_now(), self.dropout_position)  # pyright: ignore
 
@@ -296,6 +303,7 @@ class LoRAMixin(nn.Module):
         n_in, n_out = cls.features(module)
         a_method, b_method = cls.init_methods(options)
         lora_a = LoRAMatrix(n_in, options.dim, a_method, seed=seed, values=a, **placed)
+        placed["blocks"] = cls.blocks_of_b(module, options)
         lora_b = LoRAMatrix(options.dim, n_out, b_method, seed=seed, values=b, **placed)
         module.requires_grad_(False)
         for name, value in _settings(options).items():

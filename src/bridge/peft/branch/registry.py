@@ -35,6 +35,6 @@ def unsupported_reason(module: nn.Module) -> str | None:
     if kind is None:
         return (
             "it is neither a torch.nn.Linear nor a transformer_engine.pytorch.Linear, and no "
-            "embedding"
+            "embedding or convolution"
         )
     return kind.refusal(module)

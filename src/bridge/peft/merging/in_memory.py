@@ -164,7 +164,7 @@ def _untie(model: nn.Module, tied: Mapping[LoRAMixin, list[str]]) -> tuple[str, 
 def _merge_layer(
     fqn: str, layer: LoRAMixin, compute_dtype: torch.dtype, *, keep_base: bool
 ) -> MergeRow:
-    weight, branch = layer.base_weight, (layer.lora_a.weight, layer.lora_b.weight, layer.scale)
+    weight, branch = layer.base_weight, (layer.lora_a.weight, layer.lora_b.values, layer.scale)
     merged, row = merge_weight(
         layer.oriented(weight), *branch, compute_dtype=compute_dtype, fqn=fqn
     )
@@ -252,7 +252,7 @@ def _check_mergeable(fqn: str, layer: LoRAMixin) -> None:
 
 
 def _check_finite(fqn: str, layer: LoRAMixin, compute_dtype: torch.dtype) -> None:
-    weight, a, b = layer.base_weight, layer.lora_a.weight, layer.lora_b.weight
+    weight, a, b = layer.base_weight, layer.lora_a.weight, layer.lora_b.values
     for name, tensor in (("base weight", weight), ("A", a), ("B", b)):
         if not all_finite(tensor):
             raise AdapterError(f"{fqn}: {name} holds NaN or inf; nothing was merged")

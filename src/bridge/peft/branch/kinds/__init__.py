@@ -1,5 +1,6 @@
 """The kinds of base that a branch can stand on: one file each, listed here and nowhere else."""
 
+from bridge.peft.branch.kinds.conv import ConvAdapter
 from bridge.peft.branch.kinds.conv1d import Conv1DAdapter
 from bridge.peft.branch.kinds.embedding import EmbeddingAdapter
 from bridge.peft.branch.kinds.linear import LinearAdapter
@@ -12,4 +13,5 @@ KINDS: tuple[type[LoRAMixin], ...] = (
     Conv1DAdapter,
     LinearAdapter,
     EmbeddingAdapter,
+    ConvAdapter,
 )

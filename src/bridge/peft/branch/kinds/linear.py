@@ -104,7 +104,7 @@ class LinearAdapter(LoRAMixin, FollowsSharding, nn.Linear):
         if not (compute := self._one_function(x)):
             return super().forward(x)
         self.note_call()
-        a, b = self.lora_a.weight, self.lora_b.weight
+        a, b = self.lora_a.weight, self.lora_b.values
         drop = self.dropout_now(), self.dropout_position
         return compute(x, self.base_weight, self.bias, a, b, self.scale, *drop)
 

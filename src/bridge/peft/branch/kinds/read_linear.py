@@ -83,7 +83,7 @@ class ReadLinearAdapter(LinearAdapter):
             rows = torch.eye(self.in_features, dtype=self.branch_dtype, device=base.device)
             update = self.lora_b(self.lora_a(rows)).t()
         else:
-            update = self.lora_b.weight @ self.lora_a.weight
+            update = self.lora_b.values @ self.lora_a.weight
         return (base + self.scale * update).to(base.dtype)
 
     def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

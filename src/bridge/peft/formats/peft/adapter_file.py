@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bridge.peft.branch.kinds import EmbeddingAdapter
@@ -28,8 +29,9 @@ from bridge.peft.formats.files.untrusted import (
     reading,
 )
 from bridge.peft.formats.peft.config import PeftConfig, parse_config, scale_of
-from bridge.peft.formats.peft.extra import check_extra, read_extra
+from bridge.peft.formats.peft.extra import branch_settings, check_extra, read_extra
 from bridge.peft.formats.peft.fields import check_method
+from bridge.peft.formats.peft.kernels import Kernel, unflattened
 from bridge.peft.formats.peft.keys import KEY_PREFIX, MAX_NAME_LENGTH, split_keys
 
 #: The ends of the keys of A and B: of an embedding, and of everything else.
@@ -52,6 +54,7 @@ class AdapterFile:
         names_in_file: The file's name of each module that has another in the model.
         embeddings: The modules that are embeddings: A is (rank, num_embeddings) and B
             (embedding_dim, rank).
+        kernels: How A and B of the convolutions among them are shaped in the file.
         tokens: New rows of embeddings, (count, embedding_dim), in the order of the config's
             indices.
     """
@@ -62,6 +65,7 @@ class AdapterFile:
     whole: dict[str, Tensor] = field(default_factory=dict)
     names_in_file: dict[str, str] = field(default_factory=dict)
     embeddings: set[str] = field(default_factory=set)
+    kernels: dict[str, Kernel] = field(default_factory=dict)
     tokens: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -178,6 +182,7 @@ def adapter_from(
     adapter.tensors.update(contents.pairs)
     adapter.embeddings.update(contents.embeddings)
     adapter.tokens.update(contents.tokens)
+    adapter.kernels.update(contents.kernels)
     adapter.whole.update(_whole_tensors(contents.rest, contents.pairs))
     check_adapter(adapter)
     return adapter
@@ -195,6 +200,7 @@ def check_adapter(adapter: AdapterFile) -> None:
         if not fqn.isprintable() or len(fqn) > MAX_NAME_LENGTH:
             raise AdapterFileError(f"{fqn[:80]!r} is not a module's name; save the adapter again")
         _check_shapes(parsed, fqn, a, b)
+        _check_rows(adapter, fqn, b)
         if parsed.target_modules is not None and not parsed.is_target(fqn):
             raise AdapterFileError(
                 f"the file has tensors for {fqn}, which target_modules does not match; save the "
@@ -243,6 +249,8 @@ def write_adapter(adapter: AdapterFile, directory: str | Path) -> Path:
     directory = Path(directory)
     tensors = {_whole_key(name, adapter): tensor for name, tensor in adapter.whole.items()}
     for fqn, pair in adapter.tensors.items():
+        if kernel := adapter.kernels.get(fqn):
+            pair = unflattened(*pair, kernel)
         for suffix, tensor in zip(_SUFFIXES[fqn in adapter.embeddings], pair, strict=True):
             tensors[f"{KEY_PREFIX}{fqn}.{suffix}"] = tensor
     for fqn, rows in adapter.tokens.items():
@@ -287,6 +295,21 @@ def _whole_key(name: str, adapter: AdapterFile) -> str:
     if fqn in adapter.tokens:
         return f"{KEY_PREFIX}{fqn}.original_module.{last}"
     return KEY_PREFIX + (f"{fqn}{_BASE}{last}" if fqn in adapter.tensors else name)
+
+
+def _check_rows(adapter: AdapterFile, fqn: str, b: Tensor) -> None:
+    """Raise unless B is zero outside the rows that `bridge_adapter.json` says are trained."""
+    rows = branch_settings(adapter.extra, adapter.name_in_file(fqn), 0.0)["rows"]
+    if rows is None:
+        return
+    outside = torch.ones(b.shape[0], dtype=torch.bool)
+    for start, stop in rows:
+        outside[start:stop] = False
+    if rows[-1][1] > b.shape[0] or bool(b[outside].any()):
+        raise AdapterFileError(
+            f"bridge_adapter.json trains some rows of B of {fqn}, and the file has others that "
+            "are not zero; save the adapter again, or delete bridge_adapter.json"
+        )
 
 
 def _check_shapes(config: PeftConfig, fqn: str, a: Tensor, b: Tensor) -> None:

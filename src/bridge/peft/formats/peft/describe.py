@@ -16,6 +16,7 @@ from bridge.peft.errors import AdapterError
 from bridge.peft.formats.peft.adapter_file import AdapterFile
 from bridge.peft.formats.peft.config import alpha_for, new_config, scale_of
 from bridge.peft.formats.peft.fingerprint import fingerprint
+from bridge.peft.formats.peft.kernels import kernel_of
 from bridge.peft.formats.peft.names import choose_targets
 from bridge.peft.formats.peft.saved_whole import whole_of
 from bridge.peft.model.participation import check_still_adapted
@@ -50,6 +51,8 @@ def adapter_of(model: nn.Module) -> AdapterFile:
     common = Counter(tuple(b.items()) for b in branches.values()).most_common(1)[0][0]
     extra: dict[str, Any] = {"bridge_peft_version": __version__, **dict(common)}
     dropout = extra.pop("dropout")
+    if extra["rows"] is None:
+        del extra["rows"]
     exceptions = {fqn: b for fqn, b in branches.items() if tuple(b.items()) != common}
     if exceptions:
         extra["exceptions"] = exceptions
@@ -82,6 +85,7 @@ def adapter_of(model: nn.Module) -> AdapterFile:
         extra=extra,
         whole=whole,
         embeddings=embeddings,
+        kernels={fqn: k for fqn, m in layers.items() if (k := kernel_of(m)) is not None},
         tokens={fqn: full_tensor(m.rows.weight) for fqn, m in tokens.items()},
     )
 
@@ -151,6 +155,7 @@ def _branch(layer: LoRAMixin) -> dict[str, Any]:
     return {
         "dropout": layer.dropout.p,
         "dropout_position": layer.dropout_position,
+        "rows": layer.branch_options.rows,
         "lora_A_init_method": layer.branch_options.lora_A_init_method,
     }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from bridge.peft.branch.initializers import A_INITIALIZERS
-from bridge.peft.branch.options import DropoutPosition
+from bridge.peft.branch.options import DropoutPosition, are_ranges
 from bridge.peft.errors import AdapterFileError
 from bridge.peft.formats.files.atomic import current_path
 from bridge.peft.formats.files.untrusted import EXTRA_NAME, checked_path, read_json
@@ -20,7 +20,11 @@ _CHOICES = {
     "lora_A_init_method": tuple(A_INITIALIZERS),
 }
 #: What holds for an adapter that PEFT made.
-DEFAULTS: dict[str, Any] = {"dropout_position": "pre", "lora_A_init_method": "uniform"}
+DEFAULTS: dict[str, Any] = {
+    "dropout_position": "pre",
+    "lora_A_init_method": "uniform",
+    "rows": None,
+}
 
 
 def read_extra(directory: Path) -> dict[str, Any]:
@@ -56,16 +60,18 @@ def check_extra(extra: Mapping[str, Any]) -> None:
 
 
 def branch_settings(extra: Mapping[str, Any], fqn: str, dropout: float) -> dict[str, Any]:
-    """`dropout`, `dropout_position` and `lora_A_init_method` of one module.
+    """`dropout`, `dropout_position`, `lora_A_init_method` and `rows` of one module.
 
     Args:
         extra: The decoded file, checked.
         fqn: The module's name.
         dropout: The dropout of the PEFT config.
     """
-    settings = DEFAULTS | {"dropout": dropout}
+    settings: dict[str, Any] = DEFAULTS | {"dropout": dropout}
     for source in (extra, extra.get("exceptions", {}).get(fqn, {})):
         settings |= {name: source[name] for name in settings if name in source}
+    if settings["rows"] is not None:
+        settings["rows"] = tuple((start, stop) for start, stop in settings["rows"])
     return settings
 
 
@@ -73,6 +79,8 @@ def _check_branch(branch: Mapping[str, Any], where: str) -> None:
     for name, choices in _CHOICES.items():
         if (value := branch.get(name, choices[0])) not in choices:
             raise _wrong(where + name, value, " or ".join(repr(choice) for choice in choices))
+    if (rows := branch.get("rows")) is not None and not are_ranges(rows):
+        raise _wrong(f"{where}rows", rows, "(first, end) of rows of B in ascending order")
     if not is_dropout(p := branch.get("dropout", 0.0)):
         raise _wrong(f"{where}dropout", p, "a number in [0, 1)")
 

@@ -21,6 +21,7 @@ from bridge.peft.errors import (
 from bridge.peft.formats.peft.adapter_file import AdapterFile
 from bridge.peft.formats.peft.config import PeftConfig
 from bridge.peft.formats.peft.extra import branch_settings
+from bridge.peft.formats.peft.kernels import kernel_of
 from bridge.peft.formats.peft.names import common_part
 from bridge.peft.formats.peft.saved_whole import check_whole
 from bridge.peft.model.adapt import PlannedTokens
@@ -66,6 +67,7 @@ def plan_load(
         if not present:
             _check_adaptable(fqn, names[fqn])
         _check_fits(fqn, names[fqn], a, b)
+        _check_kind(fqn, names[fqn], adapter)
         planned.append((fqn, names[fqn], _options(adapter, fqn, lora_dtype)))
     return planned, bool(present)
 
@@ -216,6 +218,21 @@ def _check_adaptable(fqn: str, module: nn.Module) -> None:
             f"the file adapts {fqn}, a {type(module).__name__} that cannot be adapted: {reason}"
         )
     check_adaptable(module)
+
+
+def _check_kind(fqn: str, module: nn.Module, adapter: AdapterFile) -> None:
+    """Raise unless a module is of the kind that the file's keys and kernels are of."""
+    is_embedding, kernel = fqn in adapter.embeddings, adapter.kernels.get(fqn)
+    if is_embedding == isinstance(module, nn.Embedding) and kernel == kernel_of(module):
+        return
+    kind = "an embedding" if is_embedding else "a linear"
+    if kernel is not None:
+        kind = f"a convolution of kernel {kernel.size} and {kernel.groups} groups"
+    have = f", {found}" if (found := kernel_of(module)) else ""
+    raise AdapterFileError(
+        f"the file adapts {fqn} as {kind}, and in the model it is a {type(module).__name__}{have}; "
+        "load it into the model that it was trained on"
+    )
 
 
 def _check_fits(fqn: str, module: nn.Module, a: Tensor, b: Tensor) -> None:

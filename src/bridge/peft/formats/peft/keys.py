@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bridge.peft.errors import AdapterFileError
+from bridge.peft.formats.peft.kernels import Kernel, flattened
 from bridge.peft.model.walk import clean_fqn, some_names
 
 KEY_PREFIX = "base_model.model."
@@ -110,12 +111,14 @@ class Contents:
         pairs: A and B by module.
         embeddings: Those of the modules that are embeddings.
         tokens: New rows of embeddings, by module.
+        kernels: How A and B of convolutions are shaped in the file, by module.
         rest: The other tensors, by name in the base model.
     """
 
     pairs: dict[str, tuple[Tensor, Tensor]]
     embeddings: set[str]
     tokens: dict[str, Tensor]
+    kernels: dict[str, Kernel]
     rest: dict[str, Tensor]
 
 
@@ -143,16 +146,28 @@ def split_keys(tensors: Mapping[str, Tensor]) -> Contents:
         raise AdapterFileError(
             f"the file holds the adapters {some_names(sorted(map(str, adapters)))}; save one alone"
         )
-    halves = Halves()
+    halves, kernels = Halves(), {}
     for key, m in found.items():
+        if tensors[key].dim() > 2:
+            kernels.setdefault(m["fqn"], {})[m["half"].upper()] = tensors[key]
+            continue
         halves.add(m["fqn"], _LETTERS.get(m["half"], m["half"].upper()), tensors[key], key)
     rest = {name: tensors[key] for key, name in names.items() if key not in found}
     rest, tokens = _without_tokens(rest)
-    pairs = halves.pairs()
+    pairs, shapes = halves.pairs(), {}
+    for fqn, half in kernels.items():
+        if fqn in pairs or len(half) == 1:
+            raise AdapterFileError(
+                f"the file holds only the {next(iter(half))} of {fqn}, or matrices too; save the "
+                "adapter again"
+            )
+        a, b, shapes[fqn] = flattened(fqn, half["A"], half["B"])
+        pairs[fqn] = a, b
     return Contents(
         pairs,
         {m["fqn"] for m in found.values() if _is_of_embedding(m)},
         tokens,
+        shapes,
         _trained_copies(rest, adapters.pop()),
     )
 

@@ -67,6 +67,7 @@ def placed(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
         tensors={fqns[fqn]: pair for fqn, pair in adapter.tensors.items()},
         whole={names[name]: tensor for name, tensor in adapter.whole.items()},
         names_in_file={new: old for old, new in fqns.items()},
+        kernels={fqns[fqn]: kernel for fqn, kernel in adapter.kernels.items()},
         tokens={fqns[fqn]: rows for fqn, rows in adapter.tokens.items()},
         embeddings={fqns[fqn] for fqn in adapter.embeddings},
     )

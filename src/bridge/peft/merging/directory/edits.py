@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from bridge.peft.errors import AdapterError
 from bridge.peft.formats.files.safetensors_file import FLOATING, Entry
 from bridge.peft.formats.model_directory import Checkpoint
 from bridge.peft.formats.peft import AdapterFile
+from bridge.peft.formats.peft.kernels import Kernel
 from bridge.peft.formats.peft.keys import is_embedding, is_head
 from bridge.peft.formats.peft.places import exchanged
 from bridge.peft.merging.directory.vocabulary import (
@@ -186,6 +188,9 @@ def _update(fqn: str, entry: Entry, adapters: _Adapters, *, any_turned: bool) ->
     holders = [(adapter, weight) for adapter, weight in adapters if fqn in adapter.tensors]
     terms = tuple((*adapter.tensors[fqn], adapter.scale(fqn) * w) for adapter, w in holders)
     shape = terms[0][1].shape[0], terms[0][0].shape[1]
+    for adapter, _ in holders:
+        if fqn in adapter.kernels:
+            entry = _flat(fqn, entry, adapter.kernels[fqn])
     if entry.shape not in (shape, shape[::-1]):
         got = "×".join(str(n) for n in entry.shape)
         raise AdapterError(
@@ -203,6 +208,18 @@ def _update(fqn: str, entry: Entry, adapters: _Adapters, *, any_turned: bool) ->
                 "merge(model)"
             )
     return Edit(fqn, terms, transposed)
+
+
+def _flat(fqn: str, entry: Entry, kernel: Kernel) -> Entry:
+    """A convolution's weight as the matrix that B A is an update of."""
+    if kernel.groups > 1:
+        raise AdapterError(
+            f"{fqn} is a convolution of {kernel.groups} groups, and the update mixes them; keep "
+            "the adapter unmerged, or leave it out"
+        )
+    if entry.shape[1:] != kernel.size:
+        return entry  # which then does not fit
+    return dataclasses.replace(entry, shape=(*entry.shape[:1], prod(kernel.size)))
 
 
 def _replacement(name: str, entry: Entry, tensor: Tensor) -> Edit:

@@ -6,7 +6,7 @@ import mmap
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, prod
 from pathlib import Path
 
 import torch
@@ -113,7 +113,7 @@ def _row(target: Target, entry: Entry) -> tuple[torch.dtype, int, int]:
     """Dtype, columns and bytes of a row in one of the files; a copy's rows are its bytes."""
     if _is_copy(target):
         return torch.uint8, 1, 1
-    dtype, columns = FLOATING[entry.dtype], entry.shape[1] if len(entry.shape) == 2 else 1
+    dtype, columns = FLOATING[entry.dtype], prod(entry.shape[1:])
     return dtype, columns, max(1, columns) * dtype.itemsize
 
 

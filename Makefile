@@ -8,7 +8,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q -c constra
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help demo test check format bench fuzz gpu clean
+.PHONY: help demo test check format bench fuzz chaos gpu clean
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
@@ -35,6 +35,9 @@ bench: $(VENV)/.dev ## CPU benchmarks against the peers (about 16 minutes; QUICK
 
 fuzz: $(VENV)/.dev ## 20,000 mutated adapter directories
 	BRIDGE_PEFT_FUZZ_CASES=20000 $(BIN)/python -m pytest tests/test_formats_fuzz.py --timeout 3600
+
+chaos: $(VENV)/.dev ## kill a run on two processes thirty times and resume it
+	$(BIN)/python -m tests.chaos --kills 30
 
 gpu: ## GPU tests and benchmarks with the CUDA torch of $(PYTHON) (nothing is installed)
 	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests/gpu

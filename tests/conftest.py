@@ -49,3 +49,18 @@ def data(tmp_path_factory):
     from tests.helpers.cli_fixtures import sums, write_rows
 
     return write_rows(tmp_path_factory.mktemp("data") / "train.jsonl", sums(300))
+
+
+@pytest.fixture(scope="module")
+def one_megatron_rank(tmp_path_factory):
+    """Megatron's groups of this process alone."""
+    import torch.distributed as dist
+
+    from tests.helpers.megatron import parallel_state, start
+
+    store = tmp_path_factory.mktemp("rendezvous") / "store"
+    dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{store}")
+    start()
+    yield
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()

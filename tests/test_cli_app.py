@@ -1,16 +1,20 @@
 """The root command is quick, lists every command, and turns each user error into one line."""
 
 import errno
+import logging
 import os
+import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from bridge.peft import __version__, cli
-from bridge.peft.cli import app, main
+from bridge.peft.cli import app, main, processes
 from bridge.peft.demo.tasks import base_model_dir
 
 
@@ -153,8 +157,34 @@ def test_commands_that_need_the_training_packages_name_their_extra(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_under_torchrun_only_the_first_process_of_a_machine_tells_the_error(monkeypatch, capsys):
-    for rank, said in (("1", ""), ("0", "error: nothing to check")):
-        monkeypatch.setenv("LOCAL_RANK", rank)
-        assert main(["doctor"]) == 2
-        assert capsys.readouterr().err[: len("error: nothing to check")] == said
+def told(rank: int, monkeypatch, capsys) -> str:
+    """What one process of two prints of an error that both meet."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(rank))
+    for library in ("HF_HUB", "HF_DATASETS"):  # set by the command; given back after the test
+        monkeypatch.setenv(f"{library}_DISABLE_PROGRESS_BARS", "1")
+    assert main(["doctor"]) == 2
+    assert signal.signal(signal.SIGTERM, signal.SIG_DFL) == signal.SIG_IGN  # it leaves by itself
+    logging.disable(logging.NOTSET)
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_under_torchrun_the_process_that_comes_first_tells_the_error(order, monkeypatch, capsys):
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    first, second = (told(rank, monkeypatch, capsys) for rank in order)
+    assert first.startswith("error: nothing to check") and second == ""
+
+
+def test_started_several_times_by_another_launcher_the_first_process_tells(monkeypatch, capsys):
+    assert told(1, monkeypatch, capsys) == ""
+    assert told(0, monkeypatch, capsys).startswith("error: nothing to check")
+
+
+def test_an_error_is_told_though_the_store_has_gone(monkeypatch, capsys):
+    monkeypatch.setattr(processes, "_PATIENCE", timedelta(milliseconds=50))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    assert told(1, monkeypatch, capsys).startswith("error: nothing to check")

@@ -30,6 +30,15 @@ LORA_FLAGS = [
     "--use-rslora",
     "--modules-to-train",
 ]
+LAYOUT_FLAGS = [
+    "--world",
+    "--tokens",
+    "--tp",
+    "--fsdp",
+    "--sequence-parallel",
+    "--checkpointing",
+    "--optimizer",
+]
 TRAINING_FLAGS = [
     "--learning-rate",
     "--schedule",
@@ -50,6 +59,8 @@ TRAINING_FLAGS = [
     "--save-every",
     "--log-every",
     "--keep-checkpoints",
+    "--parallel",
+    "--timeout",
 ]
 FINETUNE_FLAGS = [
     "--model",
@@ -75,7 +86,7 @@ def test_flags_of_finetune_are_frozen():
 
 
 def test_flags_of_plan_are_frozen():
-    assert names_of("plan") == ["--model", "--json", *LORA_FLAGS]
+    assert names_of("plan") == ["--model", "--dtype", "--json", *LORA_FLAGS, *LAYOUT_FLAGS]
 
 
 def helps_of(group: type) -> dict[str, str]:

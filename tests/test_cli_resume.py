@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bridge.peft import AdapterError
 from bridge.peft.finetune import callbacks
 from bridge.peft.finetune.record import (
-    check_same_run,
+    COMPLETE,
     checkpoints,
     continue_spec,
     existing_run,
@@ -160,7 +159,7 @@ def test_signal_handlers_are_given_back(stopped):
 def test_a_half_written_checkpoint_is_never_taken_for_one(stopped, uninterrupted):
     partial = stopped / ".partial" / "checkpoint-14"
     shutil.copytree(stopped / "checkpoint-9", partial)
-    (partial / "optimizer.pt").write_bytes(b"half of")
+    (partial / "training_state.pt").write_bytes(b"half of")
     assert finetune("--resume", "--output", stopped) == 0
     assert adapter(stopped) == adapter(uninterrupted)
     assert not (stopped / ".partial").exists()
@@ -242,23 +241,39 @@ def test_an_unfinished_run_is_not_started_over_unasked(stopped, arguments, capsy
 def test_resume_without_a_checkpoint_is_refused(stopped, capsys):
     for checkpoint in checkpoints(stopped):
         shutil.rmtree(checkpoint)
-    assert "has no checkpoint yet; start it again with --overwrite" in refused(capsys, stopped)
+    assert "has no complete checkpoint yet; start it again with --overwrite" in refused(
+        capsys, stopped
+    )
 
 
-def test_a_damaged_checkpoint_is_told_with_the_fix(stopped, capsys):
+@pytest.mark.parametrize("name", ["training_state.pt", "adapter_model.safetensors", COMPLETE])
+def test_an_incomplete_checkpoint_is_passed_over_with_one_line(
+    name, stopped, uninterrupted, capsys
+):
+    path = checkpoints(stopped)[-1] / name
+    path.write_bytes(path.read_bytes()[:-2])
     capsys.readouterr()
-    (checkpoints(stopped)[-1] / "optimizer.pt").unlink()
+    assert finetune("--resume", "--output", stopped) == 0
+    printed = capsys.readouterr()
+    assert printed.out.count(f"checkpoint-9 is incomplete ({name}): passed over") == 1
+    assert "resumed from step 7" in printed.out
+    assert adapter(stopped) == adapter(uninterrupted)
+
+
+def test_an_optimizer_beside_another_adapter_is_refused(stopped, capsys):
+    older, newest = checkpoints(stopped)
+    shutil.copy(older / "adapter_model.safetensors", newest / "adapter_model.safetensors")
+    capsys.readouterr()
     said = refused(capsys, stopped)
-    assert "checkpoint-9 lacks optimizer.pt; remove it to resume from checkpoint-7" in said
+    assert "the optimizer's state belongs to another adapter" in said
+    assert "remove checkpoint-9 to resume from an earlier one" in said
 
 
-def test_record_survives_a_round_trip_and_tells_other_processes(stopped, tmp_path):
+def test_record_survives_a_round_trip(stopped, tmp_path):
     spec = existing_run(stopped)
     assert spec is not None
     write_record(tmp_path / "copy", spec)
     assert existing_run(tmp_path / "copy") == spec
-    with pytest.raises(AdapterError, match="began with 2 processes, not 1; start as many again"):
-        check_same_run(dataclasses.replace(spec, world_size=2), spec, stopped)
     half = dataclasses.replace(spec.lora, lora_dtype=torch.bfloat16)
     write_record(tmp_path / "half", dataclasses.replace(spec, lora=half))
     assert existing_run(tmp_path / "half") == dataclasses.replace(spec, lora=half)

@@ -25,8 +25,16 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 NOT_RUN = {
     "CONTRIBUTING.md": ["clones the repository and sets up an environment"],
     "README.md": ["each sets up an environment of its own", "installs packages"],
-    "quickstart.md": ["installs packages"],
+    "parallel.md": [
+        "needs two processes; examples/train_tensor_parallel.py does the like and is run by the "
+        "tests",
+        "starts several processes",
+        "needs a Megatron model; examples/train_megatron.py does the like and is run by the tests",
+    ],
+    "quickstart.md": ["installs packages", "starts several processes"],
 }
+#: What torchrun tells a process that is the only one.
+ONLY_PROCESS = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
 #: What the pages call a base model's directory, and an adapter's.
 MODELS = ("DIR", "llama", "path/to/model")
 ADAPTERS = ("out", "a", "b")
@@ -86,6 +94,8 @@ def workplace(tmp_path, monkeypatch):
     write_rows(tmp_path / "train.jsonl", sums(24))
     with one_thread():
         yield tmp_path
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     transformers.utils.logging.enable_progress_bar()
 
 
@@ -125,6 +135,9 @@ def test_no_block_escapes(page):
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
 def test_every_command_and_python_block_runs(page, workplace, capsys, monkeypatch):
     names = names_of(page)
+    if "init_process_group" in page.read_text():
+        for variable, value in ONLY_PROCESS.items():
+            monkeypatch.setenv(variable, value)
     for block in blocks(page):
         if block.not_run:
             continue

@@ -118,7 +118,7 @@ def test_megatron_s_canonical_form_is_group_by_group():
         ({"c_attn": [(0, 97)]}, "not of the 96"),
         ({"c_attn": ["q", (31, 40)]}, "overlap others"),
         ({"c_atn": ["q"]}, "parts entry 'c_atn' matches none"),
-        ({"wte": ["q"]}, "is no linear"),
+        ({"wte": ["q"]}, "is a Embedding, of which parts"),
     ],
 )
 def test_what_is_no_part_is_refused_before_anything_is_touched(chosen, words):

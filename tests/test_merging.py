@@ -397,13 +397,6 @@ def test_meta_and_wrapped_bases_are_refused():
         merge(wrapped)
 
 
-def test_sharded_weights_are_refused():
-    model = trained(nn.Sequential(nn.Linear(4, 4)))
-    model[0].weight.device_mesh = "what tells a DTensor apart"
-    with pytest.raises(AdapterError, match=r"0 is sharded \(DTensor\)"):
-        merge(model)
-
-
 def test_the_old_name_of_the_computation_s_dtype_still_works():
     model = trained(models.llama())
     with pytest.warns(DeprecationWarning, match="compute_dtype"):

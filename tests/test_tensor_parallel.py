@@ -2,9 +2,6 @@
 
 import copy
 import functools
-import os
-import warnings
-from pathlib import Path
 
 import pytest
 import torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -83,7 +84,7 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
-def tensor_parallel(model: nn.Module, mesh: DeviceMesh, *, sequence: bool = False) -> nn.Module:
+def tensor_parallel(model: Transformer, mesh: DeviceMesh, *, sequence: bool = False) -> Transformer:
     """Shard the blocks and the head over a mesh, in place, by torch's own styles."""
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import (
@@ -122,7 +123,7 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh, *, sequence: bool = Fals
     return model
 
 
-def fully_sharded(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+def fully_sharded(model: Transformer, mesh: DeviceMesh) -> Any:
     """Shard every block and the model over a mesh, in place."""
     from torch.distributed.fsdp import fully_shard
 
@@ -131,48 +132,59 @@ def fully_sharded(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def _ddp(model: nn.Module) -> nn.Module:
+def _ddp(model: Transformer) -> nn.Module:
     return nn.parallel.DistributedDataParallel(RECIPE(model))
 
 
-def _fsdp(model: nn.Module) -> nn.Module:
+def _fsdp(model: Transformer) -> nn.Module:
     return fully_sharded(RECIPE(model), dist.init_device_mesh("cpu", (2,)))
 
 
-def _tp_last(model: nn.Module) -> nn.Module:
+def _fsdp_first(model: Transformer) -> nn.Module:
+    return RECIPE(fully_sharded(model, dist.init_device_mesh("cpu", (2,))))
+
+
+def _tp_last(model: Transformer) -> nn.Module:
     return tensor_parallel(RECIPE(model), dist.init_device_mesh("cpu", (2,)))
 
 
-def _tp_first(model: nn.Module) -> nn.Module:
+def _tp_first(model: Transformer) -> nn.Module:
     return RECIPE(tensor_parallel(model, dist.init_device_mesh("cpu", (2,))))
 
 
-def _sp_last(model: nn.Module) -> nn.Module:
+def _sp_last(model: Transformer) -> nn.Module:
     return tensor_parallel(RECIPE(model), dist.init_device_mesh("cpu", (2,)), sequence=True)
 
 
-def _sp_first(model: nn.Module) -> nn.Module:
+def _sp_first(model: Transformer) -> nn.Module:
     return RECIPE(tensor_parallel(model, dist.init_device_mesh("cpu", (2,)), sequence=True))
 
 
-def _fsdp_tp(model: nn.Module) -> nn.Module:
+def _fsdp_tp(model: Transformer) -> nn.Module:
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     return fully_sharded(RECIPE(tensor_parallel(model, mesh["tp"])), mesh["dp"])
 
 
-def _fsdp_tp_recipe_first(model: nn.Module) -> nn.Module:
+def _fsdp_tp_recipe_last(model: Transformer) -> nn.Module:
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    return RECIPE(fully_sharded(tensor_parallel(model, mesh["tp"]), mesh["dp"]))
+
+
+def _fsdp_tp_recipe_first(model: Transformer) -> nn.Module:
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     return fully_sharded(tensor_parallel(RECIPE(model), mesh["tp"], sequence=True), mesh["dp"])
 
 
 #: How to lay the base out and adapt it, and the number of ranks that see different data.
-LAYOUTS: dict[str, tuple[Callable[[nn.Module], nn.Module], int]] = {
+LAYOUTS: dict[str, tuple[Callable[[Transformer], nn.Module], int]] = {
     "DDP": (_ddp, 2),
     "FSDP2 after the recipe": (_fsdp, 2),
+    "FSDP2 before the recipe": (_fsdp_first, 2),
     "TP after the recipe": (_tp_last, 1),
     "TP before the recipe": (_tp_first, 1),
     "TP with sequence parallel after the recipe": (_sp_last, 1),
     "TP with sequence parallel before the recipe": (_sp_first, 1),
     "FSDP2 x TP": (_fsdp_tp, 2),
+    "TP, then FSDP2, then the recipe": (_fsdp_tp_recipe_last, 2),
     "recipe, then TP with sequence parallel, then FSDP2": (_fsdp_tp_recipe_first, 2),
 }

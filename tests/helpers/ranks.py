@@ -27,7 +27,8 @@ def on_ranks(count: int, body: Callable[[], None], directory: Path) -> None:
 
 def _run(rank: int, count: int, body: Callable[[], None], directory: Path) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(count))
+    os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(count))  # of one machine
     rendezvous = f"file://{directory}/rendezvous"
     dist.init_process_group("gloo", rank=rank, world_size=count, init_method=rendezvous)
     body()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,3 +42,17 @@ else:
                     "transformer_engine is not installed; pip install 'bridge-peft[te]' "
                     "(needs a CUDA build of torch)"
                 )
+
+
+def megatron_core(name: str) -> ModuleType:
+    """A module of Megatron Core, imported when it is asked for: `"transformer.utils"`.
+
+    Raises:
+        MissingExtraError: Megatron Core is not installed.
+    """
+    try:
+        return importlib.import_module(f"megatron.core.{name}")
+    except ImportError as error:
+        raise MissingExtraError(
+            "megatron-core is not installed; pip install 'bridge-peft[megatron]'"
+        ) from error

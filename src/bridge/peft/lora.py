@@ -30,10 +30,12 @@ from bridge.peft.model.fused_parts import rows_of_parts
 from bridge.peft.model.participation import check_still_adapted
 from bridge.peft.model.pretrained import random_modules
 from bridge.peft.model.trained_parameters import check_can_be_trained
-from bridge.peft.model.walk import adapter_parameters, some_names, unwrap
+from bridge.peft.model.walk import adapted_modules, some_names, token_rows_of, unwrap
 from bridge.peft.model.weight_reads import read_weights
 from bridge.peft.ops.dispatch import ComputePath, choose_path
+from bridge.peft.parallel.fsdp import reshard
 from bridge.peft.parallel.layout import agreed_seed
+from bridge.peft.parallel.megatron import whole_numel
 from bridge.peft.plan import Plan, PlanRow, TokensRow, TrainedRow
 from bridge.peft.targets import (
     ALL_LINEAR,
@@ -140,8 +142,11 @@ class LoRA:
         if not parts:
             return options
         kind = adapted_class(type(candidate.module))
-        if not kind.in_all_linear:
-            raise TargetError(f"parts: {candidate.fqn} is no linear, and has no parts")
+        if kind.wraps or not kind.in_all_linear:
+            raise TargetError(
+                f"parts: {candidate.fqn} is a {type(candidate.module).__name__}, of which parts "
+                "cannot be adapted alone"
+            )
         rows = rows_of_parts(model, candidate.fqn, kind.features(candidate.module)[1], parts)
         return dataclasses.replace(options, rows=rows)
 
@@ -198,6 +203,7 @@ class LoRA:
         """
         check_can_be_adapted(model)
         root = unwrap(model)
+        reshard(root)
         chosen, _, trained = self._match(root)
         tokens = self._match_tokens(root, chosen, trained)
         all_options = self._all_options(root, chosen)
@@ -345,10 +351,19 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Returns:
         `{"….q_proj.lora_a.weight": (dim, in_features), "….lora_b.weight": (out_features, dim), …}`,
         detached, sharing storage with the model; empty if nothing is adapted. Sharded tensors
-        (FSDP2) are gathered whole, so every rank must call.
+        (FSDP2, Megatron's tensor parallel) are gathered whole, so every rank must call.
     """
     check_still_adapted(unwrap(model))
-    return {name: full_tensor(parameter) for name, parameter in adapter_parameters(model)}
+    reshard(model)
+    found = {
+        f"{fqn}.{name}".lstrip("."): tensor
+        for fqn, module in adapted_modules(model)
+        for name, tensor in module.whole_parameters().items()
+    }
+    return found | {
+        f"{fqn}.token_rows.weight".lstrip("."): full_tensor(module.rows.weight)
+        for fqn, module in token_rows_of(model)
+    }
 
 
 def _entries(recipe: LoRA, name: str) -> str | tuple[str, ...]:
@@ -416,10 +431,16 @@ def _weight(candidate: Candidate) -> Tensor:
 
 
 def _count_parameters(model: nn.Module) -> int:
-    """Parameters of a model; a packed 4-bit weight counts as the matrix that it stands for."""
+    """Parameters of a model; a packed weight, or a part of one, counts as what it stands for."""
     packed = {
         id(m.weight): m.in_features * m.out_features
         for m in model.modules()
         if isinstance(m, nn.Linear) and not m.weight.is_floating_point()
     }
-    return sum(packed.get(id(p), p.numel()) for p in model.parameters())
+    whole = {
+        id(p): whole_numel(module, p)
+        for module in model.modules()
+        for p in module._parameters.values()
+        if p is not None
+    }
+    return sum(packed.get(id(p), whole[id(p)]) for p in model.parameters())

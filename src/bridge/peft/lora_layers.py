@@ -21,6 +21,7 @@ from bridge.peft.branch.patch import patch_in_place
 from bridge.peft.branch.registry import kind_of
 from bridge.peft.branch.wrapper import LoRALinear
 from bridge.peft.errors import UnsupportedLinearError
+from bridge.peft.parallel.fsdp import is_data_parallel
 
 __all__ = ["LinearAdapter", "LoRALinear", "TELinearAdapter", "patch_linear_module"]
 
@@ -72,6 +73,11 @@ def patch_linear_module(
         raise UnsupportedLinearError(
             f"cannot adapt {type(orig_linear).__name__}: it is not a linear; "
             "LoRA(target_modules=[its name])(model) adapts embeddings and convolutions"
+        )
+    if is_data_parallel(orig_linear):
+        raise UnsupportedLinearError(
+            f"cannot adapt this {type(orig_linear).__name__} alone: its weight is sharded by "
+            "fully_shard, which the model around it knows; LoRA(...)(model) adapts it"
         )
     patch_in_place(orig_linear, options)
     return orig_linear

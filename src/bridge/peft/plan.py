@@ -13,7 +13,7 @@ import torch
 
 from bridge.peft.dtypes import dtype_name
 from bridge.peft.targets import Skipped
-from bridge.peft.text_table import table
+from bridge.peft.text_table import size, table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,8 +203,8 @@ class Plan:
             f"({self.share:.3%} of the model)"
         )
         yield (
-            f"adapter {_size(self.adapter_file_bytes)}, AdamW state "
-            f"{_size(self.optimizer_bytes)}, +{self.flops_per_token:,} FLOPs per token (forward)"
+            f"adapter {size(self.adapter_file_bytes)}, AdamW state "
+            f"{size(self.optimizer_bytes)}, +{self.flops_per_token:,} FLOPs per token (forward)"
         )
         for row in self.trained_in_full:
             yield f"trained in full: {row.fqn} ({row.base_type}, {row.parameters:,} parameters)"
@@ -243,12 +243,3 @@ def _grouped(rows: tuple[PlanRow, ...]) -> Iterator[tuple[str, ...]]:
         name = members[0].fqn if len(members) == 1 else f"{name}{_times(len(members))}"
         trainable = f"{sum(row.trainable for row in members):,}"
         yield name, base_type, shape, str(dim), scale, trainable, path
-
-
-def _size(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.2f} GB"

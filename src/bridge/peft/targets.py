@@ -15,6 +15,7 @@ from bridge.peft._optional import TELinear
 from bridge.peft.branch.registry import kind_of, unsupported_reason
 from bridge.peft.errors import TargetError
 from bridge.peft.model.walk import clean_fqn, output_head
+from bridge.peft.parallel.megatron import is_embedding
 
 ALL_LINEAR = "all-linear"
 #: Names by which a direct child of the model, if it is a linear, is its output head.
@@ -92,7 +93,7 @@ def output_heads(model: nn.Module) -> set[int]:
     heads = {
         id(child)
         for name, child in model.named_children()
-        if name in _HEAD_NAMES and isinstance(child, nn.Linear)
+        if name in _HEAD_NAMES and _is_linear(child)
     }
     if (head := output_head(model)) is not None:
         heads.add(id(head))
@@ -130,6 +131,11 @@ def tied_modules(model: nn.Module) -> dict[nn.Module, list[str]]:
         for module in named
         if len(named) > 1
     }
+
+
+def _is_linear(module: nn.Module) -> bool:
+    kind = kind_of(type(module))
+    return isinstance(module, nn.Linear) or (kind is not None and kind.wraps)
 
 
 def tied_linears(model: nn.Module) -> set[nn.Module]:
@@ -309,9 +315,9 @@ def _nearest(name: str, names: set[str]) -> list[str]:
 
 def _why_not(module: nn.Module, reason: str | None) -> str | None:
     """Why a module that looks like a linear is not adapted; None if it does not look like one."""
-    if isinstance(module, nn.Linear | TELinear):
+    if isinstance(module, nn.Linear | TELinear) or kind_of(type(module)) is not None:
         return reason
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag | _ConvNd):
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag | _ConvNd) or is_embedding(type(module)):
         return None
     for name, parameter in module._parameters.items():
         if parameter is not None and parameter.dim() in (2, 3) and min(parameter.shape) > 1:

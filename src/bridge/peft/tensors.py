@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -18,13 +20,14 @@ def is_sharded(tensor: object) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
-def full_tensor(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Any) -> Tensor:
     """All of a DTensor, detached; of another tensor itself, detached.
 
     Of a DTensor this is a collective: every rank must call.
     """
-    gather = getattr(tensor, "full_tensor", None)
-    return (tensor if gather is None else gather()).detach()
+    if is_sharded(tensor):  # one that is offloaded is gathered by its mesh's device
+        tensor = tensor.detach().to(tensor.device_mesh.device_type).full_tensor()
+    return tensor.detach()
 
 
 def sharded_like(full: Tensor, like: Tensor) -> Tensor:

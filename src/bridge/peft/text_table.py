@@ -1,4 +1,4 @@
-"""Plain text tables, for what is printed without optional packages."""
+"""Plain text tables and sizes, for what is printed without optional packages."""
 
 from __future__ import annotations
 
@@ -15,3 +15,13 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> Iterator[str]:
         ).rstrip()
         if number == 0:
             yield "  ".join("-" * width for width in widths)
+
+
+def size(count: int) -> str:
+    """Bytes in words: `"512 B"`, `"4.2 MB"`, `"141.11 GB"`."""
+    amount = float(count)
+    for unit in ("B", "kB", "MB"):
+        if amount < 1000:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.2f} GB"

@@ -1,4 +1,4 @@
-"""`LoRAMatrix`: A or B of a branch, with the one method that may reset it."""
+"""A or B of a branch, with the one method that may reset it: whole, or this rank's part."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from bridge.peft.branch.initializers import initialize
 from bridge.peft.errors import UnsupportedLinearError
 from bridge.peft.parallel.layout import placed
-from bridge.peft.tensors import is_sharded
+from bridge.peft.parallel.megatron import mark
+from bridge.peft.parallel.shard import Shard
+from bridge.peft.tensors import full_tensor, is_sharded, sharded_like
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -105,6 +107,19 @@ class LoRAMatrix(nn.Module):
         if not is_sharded(self.weight):
             self.weight = placed(self.weight, mesh, placement, alike=alike)
 
+    def whole(self) -> Tensor:
+        """All of the matrix, detached; where it is sharded a collective: every rank must call."""
+        return full_tensor(self.weight)
+
+    @torch.no_grad()
+    def set_whole(self, values: Tensor) -> None:
+        """Take new values, in place.
+
+        Args:
+            values: All of the matrix, alike on every rank.
+        """
+        self.weight.copy_(sharded_like(values.to(self.weight.dtype), self.weight))
+
     def forward(self, x: Tensor) -> Tensor:
         """`x Wᵀ`: (..., in_features) -> (..., out_features); an index stands for a one-hot row."""
         return (
@@ -123,3 +138,70 @@ class LoRAMatrix(nn.Module):
     def extra_repr(self) -> str:
         """What `print(module)` shows."""
         return f"{self.in_features}, {self.out_features}, init={self.init_method!r}"
+
+
+class ShardedMatrix(LoRAMatrix):
+    """This rank's part of A or B; the whole is drawn from the seed, then cut.
+
+    Args:
+        in_features: Columns of the whole matrix.
+        out_features: Rows of the whole matrix.
+        init_method: `"xavier"`, `"uniform"` or `"zeros"`.
+        shard: Which part this rank holds.
+        like: The base's weight, for the device and Megatron's marks.
+        dtype: Of the matrix.
+        seed: Of the draw; None uses torch's default CPU generator.
+        values: The whole matrix, to start from instead of a draw.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        init_method: str,
+        shard: Shard,
+        *,
+        like: Tensor,
+        dtype: torch.dtype,
+        seed: int | None = None,
+        values: Tensor | None = None,
+    ) -> None:
+        if values is None:
+            values = torch.empty((out_features, in_features), dtype=dtype, device="cpu")
+            initialize(values, init_method, seed)
+        part = shard.cut(values)
+        rows, columns = part.shape
+        super().__init__(
+            columns, rows, init_method, seed=seed, values=part, device=like.device, dtype=dtype
+        )
+        self.shard = shard
+        self.allreduce: bool = getattr(like, "allreduce", True)
+        mark(self.weight, shard, self.allreduce)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the initial values of the whole again and keep this rank's part, in place."""
+        if self.weight.is_meta:
+            return
+        shape = self.shard.shape((self.out_features, self.in_features))
+        whole = torch.empty(shape, dtype=self.weight.dtype, device="cpu")
+        initialize(whole, self.init_method, self.seed)
+        self.set_whole(whole)
+
+    def whole(self) -> Tensor:
+        """All of the matrix, detached; a collective, so every rank must call."""
+        return self.shard.joined(self.weight)
+
+    @torch.no_grad()
+    def set_whole(self, values: Tensor) -> None:
+        """Take this rank's part of new values, in place.
+
+        Args:
+            values: All of the matrix.
+        """
+        self.weight.copy_(self.shard.cut(values))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        mark(self.weight, self.shard, self.allreduce)  # a parameter that left meta is a new one
+        return self

@@ -16,6 +16,8 @@ from bridge.peft.dtypes import TRAINABLE_DTYPES
 from bridge.peft.errors import UnsupportedLinearError
 from bridge.peft.ops.dispatch import ComputePath, choose_path, lora_add
 from bridge.peft.ops.reference import add_in_base_dtype
+from bridge.peft.parallel.fsdp import is_data_parallel
+from bridge.peft.parallel.shard import Shard
 from bridge.peft.parallel.tensor import add_sharded_branch
 from bridge.peft.tensors import is_plain, is_sharded
 
@@ -73,6 +75,8 @@ class LoRAMixin(nn.Module):
     in_all_linear: ClassVar[bool] = True
     #: What follows a module's name in the keys of A and B in PEFT's files.
     peft_keys: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
+    #: True if the kind stands in its base's place and holds it, instead of patching it in place.
+    wraps: ClassVar[bool] = False
     #: The name of the base's input, by which it may be passed too.
     input_name: ClassVar[str] = "input"
 
@@ -106,6 +110,8 @@ class LoRAMixin(nn.Module):
         Args:
             module: It is not adapted yet, and is not touched.
         """
+        if is_data_parallel(module):
+            return None
         return "its weight is sharded (DTensor); adapt the model before sharding it"
 
     @classmethod
@@ -116,6 +122,11 @@ class LoRAMixin(nn.Module):
             raise UnsupportedLinearError(
                 f"{cls.__name__} copies {cls.copies}, got {type(module).__name__}; "
                 "patch_linear_module adapts other linears in place and keeps their own forward"
+            )
+        if is_sharded(getattr(module, "weight", None)):
+            raise UnsupportedLinearError(
+                f"cannot copy this {type(module).__name__}: its weight is sharded, which a "
+                "copy's would not be; LoRA(...)(model) adapts it in place"
             )
         if reason := cls.refusal(module):
             raise UnsupportedLinearError(f"cannot copy this {type(module).__name__}: {reason}")
@@ -136,6 +147,34 @@ class LoRAMixin(nn.Module):
     def features(cls, module: nn.Module) -> tuple[int, int]:
         """`(in_features, out_features)` of a module that this kind takes."""
         return module.in_features, module.out_features  # pyright: ignore[reportReturnType]
+
+    @classmethod
+    def wrap(
+        cls, module: nn.Module, options: BranchOptions, start: Start = None, name: str = ""
+    ) -> LoRAMixin:
+        """The adapted module that stands in the place of `module`, of a kind that wraps.
+
+        Args:
+            module: The base; it is frozen.
+            options: The branch's options.
+            start: What the branch starts from.
+            name: The module's fully qualified name.
+        """
+        raise NotImplementedError(cls.__name__)
+
+    @property
+    def base(self) -> nn.Module:
+        """The module that holds the base's parameters: this one, unless it wraps another."""
+        return self
+
+    @classmethod
+    def weight_shard(cls, module: nn.Module) -> Shard | None:
+        """Which part of the whole weight a module holds by its class's own sharding; None: all."""
+        return None
+
+    def let_go(self) -> nn.Module:
+        """Make the base what it was before, and return it; whether it wants gradients aside."""
+        return self.base
 
     def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Run the base's own forward and add the branch to its result.
@@ -225,7 +264,7 @@ class LoRAMixin(nn.Module):
         """A random input of a few rows, in the dtype that the base takes; A's if W is packed."""
         weight = self.base_weight
         dtype = weight.dtype if weight.dtype in TRAINABLE_DTYPES else self.branch_dtype
-        return torch.randn(rows, self.features(self)[0]).to(weight.device, dtype)
+        return torch.randn(rows, self.input_width).to(weight.device, dtype)
 
     def is_zero(self) -> bool:
         """Whether the branch is zero, as at the start."""
@@ -240,6 +279,16 @@ class LoRAMixin(nn.Module):
         return weight.t() if self.transposed else weight
 
     @property
+    def input_width(self) -> int:
+        """Features of x as this process sees it."""
+        return self.features(self)[0]
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this process may hold a part of A or B only, so that saving is a collective."""
+        return any(map(is_sharded, self.adapter_parameters().values()))
+
+    @property
     def base_weight(self) -> Tensor:
         """The base's own weight, the way round that the base stores it."""
         own = self._parameters.get("weight")
@@ -247,6 +296,10 @@ class LoRAMixin(nn.Module):
 
     def weight_was_written(self) -> None:
         """Called after the base's weight was written in place: forget what was made from it."""
+
+    def whole_parameters(self) -> dict[str, Tensor]:
+        """A and B, whole and detached, under their names below this module; may be a collective."""
+        return {"lora_a.weight": self.lora_a.whole(), "lora_b.weight": self.lora_b.whole()}
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """A and B under their names below this module."""
@@ -306,7 +359,7 @@ class LoRAMixin(nn.Module):
         placed["blocks"] = cls.blocks_of_b(module, options)
         lora_b = LoRAMatrix(options.dim, n_out, b_method, seed=seed, values=b, **placed)
         module.requires_grad_(False)
-        for name, value in _settings(options).items():
+        for name, value in branch_settings(options).items():
             setattr(module, name, value)
         module.dropout, module.lora_a, module.lora_b = nn.Dropout(options.dropout), lora_a, lora_b
         for child in (module.dropout, lora_a, lora_b):
@@ -338,7 +391,7 @@ def _has_hooks(matrix: LoRAMatrix) -> bool:
     return bool(matrix._forward_pre_hooks or matrix._forward_hooks or "forward" in vars(matrix))
 
 
-def _settings(options: BranchOptions) -> dict[str, Any]:
+def branch_settings(options: BranchOptions) -> dict[str, Any]:
     """What a branch sets on its module beside its children."""
     return {
         "branch_options": options,
@@ -353,4 +406,4 @@ def _settings(options: BranchOptions) -> dict[str, Any]:
 
 
 #: What a branch adds to a module, which must be free before.
-BRANCH_ATTRIBUTES = (*_settings(BranchOptions()), "dropout", "lora_a", "lora_b")
+BRANCH_ATTRIBUTES = (*branch_settings(BranchOptions()), "dropout", "lora_a", "lora_b")

@@ -12,7 +12,27 @@ from bridge.peft.branch.kinds.read_linear import ReadLinearAdapter
 from bridge.peft.branch.mixin import BRANCH_ATTRIBUTES, LoRAMixin, Start
 from bridge.peft.branch.options import BranchOptions
 from bridge.peft.branch.registry import check_adaptable, kind_of
+from bridge.peft.errors import UnsupportedLinearError
 from bridge.peft.parallel.transformers_styles import renew_forward
+
+
+def add_branch(
+    module: nn.Module,
+    options: BranchOptions,
+    start: Start = None,
+    *,
+    is_read: bool = False,
+    name: str = "",
+) -> LoRAMixin:
+    """Adapt a module: in place, or by what must stand in its place where its kind wraps.
+
+    Args as in `patch_in_place`; `name` is the module's fully qualified name.
+    """
+    kind = kind_of(type(module))
+    if kind is None or not kind.wraps:
+        return patch_in_place(module, options, start, is_read=is_read)
+    check_adaptable(module)
+    return kind.wrap(module, options, start, name)
 
 
 def patch_in_place(
@@ -34,6 +54,11 @@ def patch_in_place(
         AlreadyAdaptedError: It is adapted or patched already; it is left as it was.
     """
     check_adaptable(module)
+    if adapted_class(type(module)).wraps:
+        raise UnsupportedLinearError(
+            f"a {type(module).__name__} is wrapped, not patched in place; adapt the model around "
+            "it: LoRA(...)(model)"
+        )
     plainly_read = is_read and type(module) is nn.Linear
     adapted = ReadLinearAdapter if plainly_read else adapted_class(type(module))
     adapted.attach_branch(module, options, start)
@@ -43,17 +68,23 @@ def patch_in_place(
     return module
 
 
-def take_branch_off(layer: LoRAMixin) -> None:
-    """Make an adapted module what it was before, in place; whether it wants gradients aside.
+def take_branch_off(layer: LoRAMixin) -> nn.Module:
+    """Make an adapted module what it was before; whether it wants gradients aside.
 
     Args:
         layer: An adapted module that is not merged.
+
+    Returns:
+        The base: the same object, or the one that was wrapped.
     """
+    if layer.wraps:
+        return layer.let_go()
     for name in BRANCH_ATTRIBUTES:
         layer._modules.pop(name, None)
         vars(layer).pop(name, None)
     layer.__class__ = layer.base_type  # pyright: ignore[reportAttributeAccessIssue]
     renew_forward_of(layer)
+    return layer
 
 
 def renew_forward_of(module: nn.Module) -> None:
@@ -72,7 +103,7 @@ def adapted_class(base_type: type[nn.Module]) -> type[LoRAMixin]:
     """The adapter class over `base_type`: one per type, so that compiled graphs are shared."""
     kind = kind_of(base_type)
     assert kind is not None, base_type
-    if getattr(kind, "base_type", None) is base_type:
+    if kind.wraps or getattr(kind, "base_type", None) is base_type:
         return kind
     plain = kind.plain_forward and base_type.forward is nn.Linear.forward
     namespace: dict[str, Any] = {

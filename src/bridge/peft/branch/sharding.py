@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from bridge.peft.branch.matrix import LoRAMatrix
+from bridge.peft.parallel.fsdp import is_data_parallel, is_managed
 from bridge.peft.parallel.layout import layout_of
 from bridge.peft.tensors import is_sharded
 
@@ -52,15 +53,17 @@ def is_distributed(module: nn.Module) -> bool:
 
 
 def place_branch(module: Any, *, alike: bool) -> None:
-    """Place A and B as the layout of their base's weight says, in place; nothing if it is whole.
+    """Place A and B as the layout of their base's weight says, in place.
+
+    Nothing happens if the weight is whole, or FSDP2's alone.
 
     Args:
         module: A module with `weight`, `lora_a` and `lora_b`.
         alike: Whether all ranks hold the same A and B; the first one's count otherwise.
     """
     weight = module._parameters.get("weight")
-    if weight is None or not is_sharded(weight):
+    if weight is None or not is_sharded(weight) or is_data_parallel(module):
         return
-    layout = layout_of(weight)
+    layout = layout_of(weight, below_fsdp=is_managed(module))
     module.lora_a.place(layout.mesh, layout.a, alike=alike)
     module.lora_b.place(layout.mesh, layout.b, alike=alike)

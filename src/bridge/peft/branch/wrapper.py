@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bridge.peft.tensors import full_tensor
+
 
 def split_base_result(result: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
     """Take apart what a Megatron or Transformer Engine linear returns.
@@ -83,6 +85,10 @@ class AdapterWrapper(nn.Module):
         """The adapter's parameters under their names below this module."""
         return {f"adapter.{name}": p for name, p in self.adapter.named_parameters()}
 
+    def whole_parameters(self) -> dict[str, Tensor]:
+        """The adapter's parameters, whole and detached, likewise; may be a collective."""
+        return {name: full_tensor(p) for name, p in self.adapter_parameters().items()}
+
     def base_linear_forward(
         self, x: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -143,11 +149,10 @@ class LoRALinear(AdapterWrapper):
 
         Returns:
             `(linear_output + adapter_output, bias or None)`, or the bare sum where the base
-            returns a bare tensor.
+            returns a bare tensor; in the same form while the adapter is switched off.
         """
         result = self.to_wrap(x, *args, **kwargs)
-        if not self.adapter_enabled:
-            return result
-        linear_output, bias, adapter_input = split_base_result(result, x)
-        output = linear_output + self.adapter(adapter_input).to(linear_output.dtype)
+        output, bias, adapter_input = split_base_result(result, x)
+        if self.adapter_enabled:
+            output = output + self.adapter(adapter_input).to(output.dtype)
         return output if isinstance(result, Tensor) else (output, bias)

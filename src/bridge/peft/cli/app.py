@@ -17,12 +17,13 @@ from typing import Annotated, Any
 import typer
 
 from bridge.peft.cli.imports import quit_on_interrupt
+from bridge.peft.cli.processes import first_to_say, quiet_but_for_the_first
 from bridge.peft.errors import AdapterError, MissingExtraError, UnsupportedLinearError
 from bridge.peft.version import __version__
 
 COMMANDS = {
     "finetune": "Train an adapter on your data, or run the embedded demo.",
-    "plan": "Show what would be adapted and what it costs; loads no weights.",
+    "plan": "Show what would be adapted and what it costs, on many ranks too; loads no weights.",
     "inspect": "Show what an adapter holds: rank, targets, size of each update.",
     "merge": "Fold adapters into a model directory that plain transformers loads.",
     "resize": "Give an adapter another rank; says how much of each update is kept.",
@@ -51,6 +52,7 @@ def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; see `bridge.peft.cli.main`."""
     requested = next((word for word in arguments if word in COMMANDS), None)
     command = typer.main.get_command(_build_app(requested))
+    quiet_but_for_the_first()
     try:
         return int(command(arguments, prog_name="bridge-peft", standalone_mode=False) or 0)
     except _UsageError as error:
@@ -133,7 +135,7 @@ def _with_help(error: Any) -> str:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    # under torchrun, every process of a machine meets the same error: the first one says it
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    line = f"error: {' '.join(message.split())}"
+    if first_to_say(line):
+        print(line, file=sys.stderr, flush=True)
     return code

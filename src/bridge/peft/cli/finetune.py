@@ -17,6 +17,7 @@ from bridge.peft.demo.defaults import DEMO_LORA, DEMO_TRAINING
 from bridge.peft.demo.tasks import base_model_dir
 from bridge.peft.errors import AdapterError
 from bridge.peft.finetune.options import TrainingOptions
+from bridge.peft.finetune.ranks import part_of_batch
 from bridge.peft.finetune.record import (
     RunSpec,
     checkpoints,
@@ -50,6 +51,8 @@ def command(
     """Train a LoRA adapter on your data; with no --model and no --data, run the embedded demo.
 
     Example: bridge-peft finetune --model ./llama --data train.jsonl --output runs/first --dim 16
+
+    On several GPUs: torchrun --nproc-per-node 2 -m bridge.peft finetune --parallel fsdp …
     """
     demo = model is None and data is None
     output = output or (_DEMO_OUTPUT if demo else None)
@@ -65,6 +68,7 @@ def command(
     else:
         spec = _new_spec(asked, lora, options, demo=demo)
         overwrite = _may_overwrite(held, output, asked=overwrite, demo=demo)
+    part_of_batch(spec.options)  # raises before anything is loaded
     console = Console(
         quiet=os.environ.get("RANK", "0") != "0", markup=False, highlight=False, soft_wrap=True
     )
@@ -122,8 +126,8 @@ def _spec_to_resume(held: RunSpec | None, output: Path, asked: Mapping[str, Any]
         )
     if not checkpoints(output):
         raise AdapterError(
-            f"nothing to resume: the run in {output} has no checkpoint yet; start it again with "
-            "--overwrite instead of --resume"
+            f"nothing to resume: the run in {output} has no complete checkpoint yet; start it "
+            "again with --overwrite instead of --resume"
         )
     return continue_spec(held, asked)
 

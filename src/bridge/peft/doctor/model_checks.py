@@ -22,14 +22,15 @@ from bridge.peft.doctor.report import Check, some, verdict
 from bridge.peft.doctor.sample_inputs import sample_inputs
 from bridge.peft.dtypes import TRAINABLE_DTYPES, dtype_name
 from bridge.peft.errors import AdapterError
-from bridge.peft.formats.peft import read_adapter, save_adapter
-from bridge.peft.lora import adapter_state_dict
+from bridge.peft.formats.peft import read_adapter, write_adapter
+from bridge.peft.formats.peft.describe import adapter_of
 from bridge.peft.merging.in_memory import merge_weight
 from bridge.peft.merging.report import LOST
 from bridge.peft.model.disable import disable_adapters
 from bridge.peft.model.participation import Watch
-from bridge.peft.model.walk import adapter_parameters
-from bridge.peft.tensors import all_finite, is_plain
+from bridge.peft.model.walk import adapter_parameters, token_rows_of
+from bridge.peft.parallel.fsdp import sharded_modules
+from bridge.peft.tensors import all_finite, full_tensor, is_plain, is_sharded
 
 Layers = dict[str, LoRAMixin]
 _ROWS = 4
@@ -43,13 +44,16 @@ def model_checks(model: nn.Module, layers: Layers, inputs: Mapping[str, Any] | N
     if off := [fqn for fqn, layer in layers.items() if not layer.adapter_enabled]:
         fix = "leave disable_adapters first"
         return [Check("state", "warn", f"switched off: {some(off, len(layers))}", fix)]
+    if sharded_modules(model) or any(is_sharded(layer.base_weight) for layer in layers.values()):
+        fix = "check the saved adapter on the unsharded base"
+        return [Check("state", "warn", "sharded: no layer can be called by itself", fix)]
     checks = [_frozen(model, layers), _dtypes(layers), _devices(layers), _finite_base(layers)]
     if failed := [check.name for check in checks[1:] if check.status == "fail"]:
         return [*checks, Check("forward and backward", "skip", f"see {' and '.join(failed)}")]
     with _left_as_it_was(model):
         model.eval()
         checks += [_no_op(layers), _gradients(layers), _all_of_the_model(model, layers, inputs)]
-    return [*checks, _save_and_load(model), _merge_forecast(layers)]
+    return [*checks, _save_and_load(model, layers), _merge_forecast(layers)]
 
 
 @contextmanager
@@ -182,8 +186,7 @@ def _all_of_the_model(model: nn.Module, layers: Layers, inputs: Mapping[str, Any
     weights = [p for layer in layers.values() for p in _ab(layer) if p.requires_grad]
     try:
         inputs = sample_inputs(model) if inputs is None else inputs
-        with_branches, base, loss = _runs(model, layers, inputs)
-        gradients = torch.autograd.grad(loss, weights, allow_unused=True) if weights else ()
+        with_branches, base, gradients = _runs(model, layers, inputs, weights)
     except Exception as error:
         # a model's forward fails in ways of its own on a sample not meant for it
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -203,9 +206,9 @@ def _all_of_the_model(model: nn.Module, layers: Layers, inputs: Mapping[str, Any
 
 
 def _runs(
-    model: nn.Module, layers: Layers, inputs: Mapping[str, Any]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The output with B = 0, that of the disabled model, and a loss with random B."""
+    model: nn.Module, layers: Layers, inputs: Mapping[str, Any], weights: list[nn.Parameter]
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """The output with B = 0, that of the disabled model, and gradients with random B."""
     watch = Watch(model, layers)
     try:
         with torch.no_grad(), _b_set_to(layers, "zero"):
@@ -217,24 +220,30 @@ def _runs(
     finally:
         watch.stop()
     with torch.enable_grad(), _b_set_to(layers, "random"):
-        return with_branches, base, _first(model(**inputs)).float().square().mean()
+        loss = _first(model(**inputs)).float().square().mean()
+        # in here: backward reads the B that is in place when it runs
+        gradients = torch.autograd.grad(loss, weights, allow_unused=True) if weights else ()
+    return with_branches, base, gradients
 
 
-def _save_and_load(model: nn.Module) -> Check:
+def _save_and_load(model: nn.Module, layers: Layers) -> Check:
     name = "save and load"
     with TemporaryDirectory() as directory:
         try:
-            again = read_adapter(save_adapter(model, Path(directory)))
+            # by every rank into its own directory, which `save_adapter` would not do
+            again = read_adapter(write_adapter(adapter_of(model), Path(directory)))
         except AdapterError as error:
             return Check(name, "fail", str(error), "this model cannot be saved as it is")
-    loaded = {
-        f"{fqn}.lora_{which}.weight".lstrip("."): tensor
-        for fqn, pair in again.tensors.items()
-        for which, tensor in zip("ab", pair, strict=True)
-    } | {f"{fqn}.token_rows.weight": rows for fqn, rows in again.tokens.items()}
-    state = adapter_state_dict(model)
-    if loaded.keys() == state.keys() and all(
-        torch.equal(loaded[k], t.cpu()) for k, t in state.items()
+    state = {fqn: (m.lora_a.whole(), m.lora_b.whole()) for fqn, m in layers.items()}
+    rows = {fqn: full_tensor(m.rows.weight) for fqn, m in token_rows_of(model)}
+    same_rows = again.tokens.keys() == rows.keys() and all(
+        torch.equal(again.tokens[fqn], mine.cpu()) for fqn, mine in rows.items()
+    )
+    same_keys = same_rows and again.tensors.keys() == state.keys()
+    if same_keys and all(
+        torch.equal(loaded, mine.cpu())
+        for fqn, pair in state.items()
+        for loaded, mine in zip(again.tensors[fqn], pair, strict=True)
     ):
         return Check(name, "pass", "every tensor and scale comes back bit for bit")
     return Check(name, "fail", "tensors differ", "please report this with the model's name")
@@ -257,8 +266,8 @@ def _merge_forecast(layers: Layers) -> Check:
 
 
 def _is_mergeable(layer: LoRAMixin) -> bool:
-    own = "weight" in layer._parameters and _is_ordinary(layer.base_weight) and layer.is_linear()
-    return own and all(map(all_finite, _ab(layer)))
+    own = "weight" in layer.base._parameters and _is_ordinary(layer.base_weight)
+    return own and layer.is_linear() and all(map(all_finite, _ab(layer)))
 
 
 def _is_ordinary(weight: Tensor) -> bool:

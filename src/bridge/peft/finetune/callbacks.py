@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bridge.peft.errors import AdapterError
 from bridge.peft.finetune.models import quiet_imports
+from bridge.peft.finetune.ranks import process_count
 
 with quiet_imports():
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -32,7 +33,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self, console: Console) -> None:
         self.received: int | None = None
-        self.stopped = False
+        self.stopped = self._said = False
         self._console = console
         self._first_at: float | None = None
         self._before: dict[int, Any] = {}
@@ -51,17 +52,23 @@ class StopOnSignal(TrainerCallback):
     ) -> None:
         """Ask for a checkpoint and the end of training once a signal was seen."""
         if self._seen_anywhere(args.device) and state.global_step < state.max_steps:
+            self._say_so()
             self.stopped = control.should_save = control.should_training_stop = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self._first_at is None:
             self.received, self._first_at = number, now
-            self._console.print(
-                "Stopping after this step, with a checkpoint (again: stop at once)."
-            )
+            if process_count() == 1:  # else torchrun may be ending the others of one that failed
+                self._say_so()
         elif now - self._first_at > _ECHO_SECONDS:
             raise KeyboardInterrupt
+
+    def _say_so(self) -> None:
+        if not self._said:
+            line = "Stopping after this step, with a checkpoint (again: stop at once)."
+            self._console.print(line)
+        self._said = True
 
     def _seen_anywhere(self, device: torch.device) -> bool:
         """All processes must stop at the same step, or the others wait forever."""

@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 
 from bridge.peft.errors import AdapterError
 from bridge.peft.formats.model_directory import check_no_adapter
+from bridge.peft.parallel.parts import first_rows
+from bridge.peft.tensors import full_tensor, is_sharded
 
 # Set before transformers and TRL are imported: a training run reports to nobody.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -44,11 +46,15 @@ with quiet_imports():
     import transformers
     import transformers.modeling_utils  # else imported by the lazy names below, and not quietly
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers.distributed.configuration_utils import DistributedConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 _SAMPLED_BYTES = 256
+# what of a configuration does not tell one base model from another
+_VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
+_VOLATILE += ("distributed_config",)
 
 
 def load_config(name: str) -> PreTrainedConfig:
@@ -93,13 +99,14 @@ def meta_model(
             ) from error
 
 
-def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a model's weights in `dtype`."""
+def load_model(name: str, dtype: torch.dtype, *, tensor_parallel: bool = False) -> PreTrainedModel:
+    """Load a model's weights in `dtype`; tensor parallel, each process loads its part of them."""
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
+    parts = {"distributed_config": DistributedConfig(tp_plan="auto")} if tensor_parallel else {}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, output_loading_info=True
+            name, dtype=dtype, output_loading_info=True, **parts
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise AdapterError(
@@ -130,14 +137,22 @@ def load_tokenizer(name: str) -> Any:
 def model_digest(model: PreTrainedModel) -> str:
     """Identify a base model by its configuration and the first bytes of every parameter."""
     config = model.config.to_dict()
-    for volatile in ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"):
+    for volatile in _VOLATILE:
         config.pop(volatile, None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():
-        first = parameter.detach().flatten()[:_SAMPLED_BYTES].contiguous().cpu()
+        first = _first_values(parameter).contiguous().cpu()
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         digest.update(first.view(torch.uint8).numpy().tobytes()[:_SAMPLED_BYTES])
     return digest.hexdigest()
+
+
+def _first_values(parameter: torch.Tensor) -> torch.Tensor:
+    """At most `_SAMPLED_BYTES` values; where the parameter is sharded, all processes must call."""
+    values = parameter.detach()
+    if is_sharded(values) and values.dim() == 2:
+        values = first_rows(values, -(-_SAMPLED_BYTES // values.shape[1]))
+    return full_tensor(values).flatten()[:_SAMPLED_BYTES]
 
 
 def length_limit(config: PreTrainedConfig) -> int | None:

@@ -14,9 +14,10 @@ MAX_SEED = 2**32 - 1  # the most that NumPy's generator, which transformers seed
 Schedule = Literal["cosine", "linear", "constant"]
 BaseDtype = Literal["float32", "bfloat16", "float16"]
 OnLong = Literal["error", "drop", "truncate"]
+Parallel = Literal["ddp", "fsdp", "tp"]
 
 #: Options that a resumed run may change: they do not decide what is learned.
-FREE_ON_RESUME = frozenset({"save_every", "log_every", "keep_checkpoints"})
+FREE_ON_RESUME = frozenset({"save_every", "log_every", "keep_checkpoints", "parallel", "timeout"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class TrainingOptions:
         max_grad_norm: Gradients are clipped to this norm; 0 clips nothing.
         epochs: Passes over the data.
         steps: Optimizer steps, instead of --epochs.
-        batch_size: Samples per batch on each device.
+        batch_size: Samples per batch, over all processes.
         gradient_accumulation: Batches summed into one optimizer step.
         max_length: Most tokens in a sample; default 1024, or the model's limit where lower.
         on_long: What to do with longer samples.
@@ -44,6 +45,9 @@ class TrainingOptions:
         save_every: Steps between checkpoints; default a tenth of the run.
         log_every: Steps between logged losses; default a 200th of the run.
         keep_checkpoints: How many of the newest checkpoints are kept.
+        parallel: What the processes of torchrun share out: ddp the samples of a batch, fsdp those
+            and the base weights, tp the base weights alone (tensor parallel).
+        timeout: Seconds that a process waits for the others before the run ends.
 
     Raises:
         AdapterError: A value out of range; the message names the flag.
@@ -68,6 +72,8 @@ class TrainingOptions:
     save_every: int | None = None
     log_every: int | None = None
     keep_checkpoints: int = 2
+    parallel: Parallel = "ddp"
+    timeout: int = 600
 
     def __post_init__(self) -> None:
         """Check every value against its range."""
@@ -77,13 +83,19 @@ class TrainingOptions:
             self._check(name, lambda x: math.isfinite(x) and x >= 0, "0 or more")
         for name in ("batch_size", "gradient_accumulation", "keep_checkpoints", "steps"):
             self._check(name, lambda x: x >= 1, "1 or more")
-        for name in ("eval_every", "save_every", "log_every"):
+        for name in ("eval_every", "save_every", "log_every", "timeout"):
             self._check(name, lambda x: x >= 1, "1 or more")
         self._check("max_length", lambda x: x >= 2, "at least 2 tokens")
         self._check("seed", lambda x: x <= MAX_SEED, f"{MAX_SEED} or less")
         self._check("eval_share", lambda x: 0 <= x < 1, "0 or more, below 1")
-        for name, choices in (("schedule", Schedule), ("on_long", OnLong), ("dtype", BaseDtype)):
-            known = get_args(choices)
+        choices = {
+            "schedule": Schedule,
+            "on_long": OnLong,
+            "dtype": BaseDtype,
+            "parallel": Parallel,
+        }
+        for name, literal in choices.items():
+            known = get_args(literal)
             self._check(name, known.__contains__, f"one of {', '.join(known)}")
 
     def _check(self, name: str, fits: Callable[[Any], bool], wanted: str) -> None:
@@ -97,9 +109,9 @@ def flag(name: str) -> str:
     return "--" + name.lower().replace("_", "-")
 
 
-def total_steps(options: TrainingOptions, samples: int, *, devices: int) -> int:
+def total_steps(options: TrainingOptions, samples: int) -> int:
     """Count the optimizer steps of a run; the trainer is told and counts none itself."""
     if options.steps is not None:
         return options.steps
-    batches = math.ceil(samples / (options.batch_size * devices))
+    batches = math.ceil(samples / options.batch_size)
     return math.ceil(options.epochs * math.ceil(batches / options.gradient_accumulation))

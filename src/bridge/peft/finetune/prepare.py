@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from bridge.peft.finetune.models import (
     stop_ids,
 )
 from bridge.peft.finetune.options import TrainingOptions, total_steps
+from bridge.peft.finetune.ranks import process_count
 from bridge.peft.finetune.record import RunSpec
 from bridge.peft.finetune.samples import Sample, fit_length, remarks_of, tokenize
 from bridge.peft.finetune.shapes import Recognised, named, recognise
@@ -62,6 +62,7 @@ def prepare(spec: RunSpec) -> Prepared:
     train_rows, eval_rows = _rows(spec)
     options, dtype = spec.options, base_dtype(spec.options)
     config = load_config(spec.model)
+    check_can_be_sharded(config, spec)
     notes: list[str | None] = []
     # the plan knows every target, so a mistaken one is told before any weight is loaded
     plan = spec.lora.plan(meta_model(config, spec.model, dtype))
@@ -111,12 +112,25 @@ def base_dtype(options: TrainingOptions) -> torch.dtype:
     return getattr(torch, options.dtype)
 
 
+def check_can_be_sharded(config: PreTrainedConfig, spec: RunSpec) -> None:
+    """Raise `AdapterError` unless the model can be trained as `--parallel` says."""
+    options = spec.options
+    if process_count() == 1 or options.parallel == "ddp":
+        return
+    if options.dtype == "float16":
+        raise AdapterError("--dtype float16 trains with --parallel ddp only; pass bfloat16")
+    if options.parallel == "tp" and not getattr(config, "base_model_tp_plan", None):
+        raise AdapterError(
+            f"transformers has no tensor parallel plan for a {config.model_type} model; pass "
+            "--parallel fsdp"
+        )
+    if spec.demo:
+        raise AdapterError("the demo keeps the whole model on each process; pass --parallel ddp")
+
+
 def _steps(options: TrainingOptions, samples: int) -> int:
     """Count the run's steps and check that the warm-up is over before they are."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    # without torchrun, transformers trains on every GPU that it sees
-    devices = processes if processes > 1 else max(torch.cuda.device_count(), 1)
-    steps = total_steps(options, samples, devices=devices)
+    steps = total_steps(options, samples)
     if options.warmup >= steps:
         raise AdapterError(
             f"--warmup is {options.warmup:g} steps and the run has {steps}, so it would never "

@@ -1,7 +1,8 @@
 """The run record: `run.json` says what a run is, so that `--resume` continues no other.
 
-A checkpoint directory is published by a rename, so every `checkpoint-N` is complete; what a killed
-process left half-written lies in `.partial` and is removed by the next one.
+A checkpoint directory is published by a rename once it is complete; what a killed process left
+half-written lies in `.partial` and is removed by the next one. A `checkpoint-N` that lacks
+something after all (a disk that failed, a copy that was cut short) is passed over.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from bridge.peft.formats.files.atomic import replace_file
 RECORD = "run.json"
 METRICS = "metrics.json"  # written last
 PARTIAL = ".partial"
+COMPLETE = "complete.json"  # names the files of a checkpoint
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _OURS = {RECORD, METRICS, "loss.png", "logs"}
 _OUR_PREFIXES = ("adapter_", "bridge_adapter", ".adapter", ".partial", ".run.json", ".metrics.json")
@@ -69,7 +71,8 @@ def existing_run(output: Path) -> RunSpec | None:
     """Return the record of the run that `output` holds; None if it is free."""
     if output.exists() and not output.is_dir():
         raise AdapterError(f"{output} is a file; pass a directory with --output")
-    if not output.is_dir() or not any(output.iterdir()):
+    # a process that was killed while it wrote the record leaves nothing else
+    if not output.is_dir() or not {p.name for p in output.iterdir()} - {f".{RECORD}.partial"}:
         return None
     path = output / RECORD
     if not path.is_file():
@@ -102,24 +105,49 @@ def is_finished(output: Path) -> bool:
 
 def checkpoints(output: Path) -> list[Path]:
     """Return the complete checkpoints in `output`, oldest first."""
-    found = [
-        (int(match[1]), path)
-        for path in (output.iterdir() if output.is_dir() else ())
-        if (match := _CHECKPOINT.fullmatch(path.name)) and path.is_dir()
+    return [path for path in _checkpoints(output) if missing_file(path) is None]
+
+
+def incomplete(output: Path) -> list[Path]:
+    """Return the checkpoints in `output` that lack something, oldest first."""
+    return [path for path in _checkpoints(output) if missing_file(path) is not None]
+
+
+def missing_file(checkpoint: Path) -> str | None:
+    """Return the name of a file that a checkpoint lacks or has only a part of; None if complete."""
+    try:
+        sizes = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return COMPLETE
+    for name, size in sizes.items():
+        path = checkpoint / name
+        if not path.is_file() or path.stat().st_size != size:
+            return name
+    return None
+
+
+def passed_over(output: Path) -> list[str]:
+    """Say which checkpoints in `output` are not resumed from, though they are newer."""
+    kept = checkpoints(output)
+    newest = _step(kept[-1]) if kept else -1
+    return [
+        f"{path.name} is incomplete ({missing_file(path)}): passed over"
+        for path in incomplete(output)
+        if _step(path) > newest
     ]
-    return [path for _, path in sorted(found)]
 
 
-def checkpoint_to_resume(output: Path, processes: int) -> Path:
-    """Return the newest checkpoint, checked to hold what `processes` processes need."""
-    *older, newest = checkpoints(output)
-    states = [f"rng_state_{i}.pth" for i in range(processes)] if processes > 1 else []
-    names = ["adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt"]
-    names += ["trainer_state.json", *(states or ["rng_state.pth"])]
-    if missing := [name for name in names if not (newest / name).is_file()]:
-        then = f"to resume from {older[-1].name}" if older else "and start again with --overwrite"
-        raise AdapterError(f"{newest} lacks {missing[0]}; remove it {then}")
-    return newest
+def _checkpoints(output: Path) -> list[Path]:
+    found = [
+        path
+        for path in (output.iterdir() if output.is_dir() else ())
+        if _CHECKPOINT.fullmatch(path.name) and path.is_dir()
+    ]
+    return sorted(found, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def resume_command(output: Path) -> str:
@@ -129,7 +157,7 @@ def resume_command(output: Path) -> str:
 
 def clear_run(output: Path) -> None:
     """Remove what a run of ours left in `output`, and nothing else."""
-    kept = set(checkpoints(output))
+    kept = set(_checkpoints(output))
     for path in list(output.iterdir()) if output.is_dir() else []:
         if path in kept or path.name in _OURS or path.name.startswith(_OUR_PREFIXES):
             if path.is_dir() and not path.is_symlink():
@@ -159,15 +187,10 @@ def continue_spec(recorded: RunSpec, asked: Mapping[str, Any]) -> RunSpec:
 
 
 def check_same_run(recorded: RunSpec, now: RunSpec, output: Path) -> None:
-    """Check that model, data and processes are still those the run began with."""
+    """Check that model and data are still those the run began with."""
     for what, digest in recorded.digests.items():
         if now.digests.get(what) != digest:
             raise AdapterError(
                 f"the {what} is not the one that the run in {output} began with; bring it back, "
                 "or start another run with another --output"
             )
-    if recorded.world_size != now.world_size:
-        raise AdapterError(
-            f"the run in {output} began with {recorded.world_size} processes, not "
-            f"{now.world_size}; start as many again"
-        )

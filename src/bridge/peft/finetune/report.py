@@ -38,7 +38,9 @@ def run_metrics(
     _, evaluations = loss_points(state.log_history, "eval_loss")
     since = state.log_history[len(before.log_history) :]
     evaluation_seconds = sum(row.get("eval_runtime", 0.0) for row in since)
-    tokens = int(state.num_input_tokens_seen - before.num_input_tokens_seen)
+    # counted over all processes, of which those of a tensor parallel model see the same ones
+    seen_by = trainer.args.world_size // trainer.parts
+    tokens = int(state.num_input_tokens_seen - before.num_input_tokens_seen) // seen_by
     plan = prepared.plan
     return {
         "eval_loss_before": evaluations[0] if evaluations else None,

@@ -8,32 +8,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
-from accelerate import PartialState
 from rich.console import Console
 
-from bridge.peft import save_adapter
+from bridge.peft import load_adapter
 from bridge.peft.finetune.callbacks import ShowProgress, StopOnNan, StopOnSignal
+from bridge.peft.finetune.checkpoint import Checkpoint, read_state
 from bridge.peft.finetune.disk import check_disk_space, disk_full_told
 from bridge.peft.finetune.models import load_model, model_digest, quiet, quiet_imports
 from bridge.peft.finetune.prepare import Prepared, prepare
+from bridge.peft.finetune.processes import joined, told_together
+from bridge.peft.finetune.ranks import data_parts, process_count, process_index
 from bridge.peft.finetune.record import (
     METRICS,
     RunSpec,
     check_same_run,
-    checkpoint_to_resume,
     checkpoints,
     clear_run,
+    passed_over,
     resume_command,
     write_json,
     write_record,
 )
 from bridge.peft.finetune.report import plot_loss, print_summary, run_metrics
 from bridge.peft.finetune.samples import Sample
-from bridge.peft.finetune.trainer import (
-    AdapterTrainer,
-    not_cast_by_trl,
-    trainer_config,
-)
+from bridge.peft.finetune.sharding import shard
+from bridge.peft.finetune.trainer import AdapterTrainer, not_cast_by_trl, trainer_config
+from bridge.peft.model.agreement import check_ranks_agree, check_same_facts
 
 with quiet_imports():
     from transformers import PrinterCallback
@@ -71,23 +71,22 @@ def train(
     With `overwrite` a run in the way is removed, once all checks have passed; nothing is written
     where one fails.
     """
-    prepared = _prepare(spec, output)
-    for note in prepared.notes:
-        console.print(note)
-    model = load_model(spec.model, prepared.dtype)
-    config = trainer_config(prepared, output, resumed=resume)
-    digests = {"base model": model_digest(model), **prepared.digests}
-    started = replace(prepared.spec, digests=digests, world_size=config.world_size)
-    start = None
-    if resume:
-        check_same_run(spec, started, output)
-        start = checkpoint_to_resume(output, config.world_size)
-    started.lora(model)
-    if not resume:
-        _begin_record(started, output, overwrite=overwrite)
-    trainer = _build_trainer(model, config, prepared)
-    with disk_full_told(output):
-        return _run(trainer, prepared, output, console, start)
+    with joined(spec.options.timeout, output):
+        check_same_facts({"the recipe": vars(spec.lora), "the options": vars(spec.options)})
+        with told_together():
+            prepared = _prepare(spec, output)
+        for note in prepared.notes:
+            console.print(note)
+        with told_together():
+            start = _newest(output, console) if resume else None
+            model, started = _adapted(prepared, output, start)
+        check_ranks_agree(model, {"the data": prepared.digests})
+        with told_together():
+            if not resume and process_index() == 0:
+                _begin_record(started, output, overwrite=overwrite)
+        trainer = _build_trainer(model, prepared, output, resumed=resume)
+        with disk_full_told(output):
+            return _run(trainer, prepared, output, console, start)
 
 
 def finish(spec: RunSpec, outcome: Outcome, output: Path, console: Console) -> int:
@@ -96,7 +95,7 @@ def finish(spec: RunSpec, outcome: Outcome, output: Path, console: Console) -> i
         assert outcome.signal is not None
         _say_how_to_resume(output, console)
         return 128 + outcome.signal
-    if PartialState().is_main_process:
+    if process_index() == 0:
         write_json(output / METRICS, outcome.metrics)
     print_summary(console, output, outcome.metrics, spec.model)
     return 0
@@ -113,25 +112,55 @@ def _say_how_to_resume(output: Path, console: Console) -> None:
     console.print(f"Stopped; kept {kept}. Continue with: {resume_command(output)}")
 
 
+def _newest(output: Path, console: Console) -> Checkpoint:
+    for line in passed_over(output):
+        console.print(line)
+    newest = checkpoints(output)[-1]
+    start = Checkpoint(path=newest, state=read_state(newest))
+    if (before := len(start.state["random"])) != process_count():
+        console.print(
+            f"{newest.name} was written by {before} processes and this run has {process_count()}: "
+            "dropout goes on with other random numbers"
+        )
+    return start
+
+
+def _adapted(
+    prepared: Prepared, output: Path, start: Checkpoint | None
+) -> tuple[PreTrainedModel, RunSpec]:
+    """The base model with its adapter, from a checkpoint or the start; and what the run is now."""
+    spec = prepared.spec
+    in_parts = spec.options.parallel == "tp" and process_count() > 1
+    model = load_model(spec.model, prepared.dtype, tensor_parallel=in_parts)
+    digests = {"base model": model_digest(model), **prepared.digests}
+    started = replace(spec, digests=digests, world_size=process_count())
+    if start:
+        check_same_run(spec, started, output)
+    spec.lora(model)
+    return load_adapter(model, start.path) if start else model, started
+
+
 def _begin_record(spec: RunSpec, output: Path, *, overwrite: bool) -> None:
-    """Write the record once every process has checked the output directory, before any goes on."""
-    processes = PartialState()
-    processes.wait_for_everyone()
-    if processes.is_main_process:
-        if overwrite:
-            clear_run(output)
-        write_record(output, spec)
-    processes.wait_for_everyone()
+    if overwrite:
+        clear_run(output)
+    write_record(output, spec)
 
 
-def _build_trainer(model: PreTrainedModel, config: Any, prepared: Prepared) -> AdapterTrainer:
+def _build_trainer(
+    model: PreTrainedModel, prepared: Prepared, output: Path, *, resumed: bool
+) -> AdapterTrainer:
+    options = prepared.spec.options
+    is_sharded = shard(model, options.parallel)
     tokenizer: Any = prepared.tokenizer
     padding = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     with not_cast_by_trl(model):
         trainer = AdapterTrainer(
-            keep=prepared.spec.options.keep_checkpoints,
+            keep=options.keep_checkpoints,
+            batch_size=options.batch_size,
+            parts=data_parts(options),
+            sharded=is_sharded,
             model=model,
-            args=config,
+            args=trainer_config(prepared, output, resumed=resumed),
             train_dataset=_dataset(prepared.train),
             eval_dataset=_dataset(prepared.evaluation) if prepared.evaluation else None,
             processing_class=tokenizer,
@@ -148,7 +177,11 @@ def _dataset(samples: list[Sample]) -> datasets.Dataset:
 
 
 def _run(
-    trainer: AdapterTrainer, prepared: Prepared, output: Path, console: Console, start: Path | None
+    trainer: AdapterTrainer,
+    prepared: Prepared,
+    output: Path,
+    console: Console,
+    start: Checkpoint | None,
 ) -> Outcome:
     stop, progress = StopOnSignal(console), ShowProgress(console)
     for callback in (stop, progress, StopOnNan()):
@@ -166,8 +199,8 @@ def _run(
     model: Any = trainer.model
     if stop.stopped:
         return Outcome(model=model, metrics=None, signal=stop.received)
-    if trainer.args.should_save:
-        save_adapter(model, output)
-        plot_loss(trainer.state.log_history, output / "loss.png")
-    trainer.accelerator.wait_for_everyone()
+    trainer.save_adapter_to(output)
+    with told_together():
+        if trainer.args.should_save:
+            plot_loss(trainer.state.log_history, output / "loss.png")
     return Outcome(model=model, metrics=run_metrics(trainer, prepared, output, seconds=seconds))

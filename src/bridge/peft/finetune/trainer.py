@@ -1,8 +1,9 @@
-"""TRL's `SFTTrainer` with checkpoints that hold the adapter alone and are published by a rename."""
+"""TRL's `SFTTrainer`, with the same batches and small checkpoints on any number of processes."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import shutil
@@ -14,14 +15,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from bridge.peft import load_adapter, save_adapter
+from bridge.peft import save_adapter
+from bridge.peft.branch.initializers import derive_seed
+from bridge.peft.finetune.batches import BLANK, BatchLoader, GlobalBatches, WithBlank, targets
+from bridge.peft.finetune.checkpoint import (
+    Checkpoint,
+    load_optimizer_state,
+    optimizer_state,
+    publish,
+    random_states,
+    set_random_state,
+    write_state,
+)
 from bridge.peft.finetune.models import quiet_imports
+from bridge.peft.finetune.options import TrainingOptions
 from bridge.peft.finetune.prepare import Prepared
-from bridge.peft.finetune.record import PARTIAL, checkpoints
+from bridge.peft.finetune.processes import told_together
+from bridge.peft.finetune.ranks import part_of_batch, process_index
+from bridge.peft.finetune.record import PARTIAL
 
 with quiet_imports():
-    from transformers import Trainer, TrainerState
+    from transformers import TrainerState
     from transformers.trainer import TRAINER_STATE_NAME
+    from transformers.trainer_utils import EvalLoopOutput
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
@@ -29,61 +45,167 @@ with quiet_imports():
 class AdapterTrainer(SFTTrainer):
     """An `SFTTrainer` whose checkpoints are small, complete or absent, and continue bit for bit.
 
-    `checkpoint-N` holds the adapter's files, the optimizer, the schedule, the random states and the
-    trainer's state. It is written under `.partial` and renamed when nothing is missing, so a
-    process killed at any moment leaves the newest complete checkpoint as it was. The newest `keep`
-    stay; `before` is the state that this process started from.
+    `checkpoint-N` holds the adapter's files, the state of training (`checkpoint.py`) and the
+    trainer's. It is written under `.partial` by the first process and renamed when nothing is
+    missing, so a process killed at any moment leaves the newest complete checkpoint as it was. The
+    newest `keep` stay; `before` is the state that this process started from.
+
+    Args:
+        keep: How many checkpoints.
+        batch_size: Samples in a batch of the whole run.
+        parts: Among how many processes they are shared out.
+        sharded: The model is sharded already, so nothing wraps it.
+        **kwargs: As `SFTTrainer` takes them.
     """
 
-    model: Any  # never None here
+    model: Any  # never None here, nor are these
+    optimizer: Any
+    lr_scheduler: Any
 
-    def __init__(self, *, keep: int, **kwargs: Any) -> None:
+    def __init__(
+        self, *, keep: int, batch_size: int, parts: int, sharded: bool, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.before = TrainerState()
-        self._keep = keep
+        self.parts = parts
+        self._keep, self._batch_size, self._sharded = keep, batch_size, sharded
+        self._part = process_index() % parts
         self._root = Path(str(self.args.output_dir))
-        self._writing_to = self._root
+        self._resumed: dict[str, Any] = {}
+        if sharded:  # autocast only: the model's own hooks gather weights and reduce gradients
+            prepare = self.accelerator.prepare_model
+            self.accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True)
+        # the processes see other samples, so they drop other elements of them
+        torch.manual_seed(self.args.seed + self._part)
 
-    def train_from(self, checkpoint: Path | None) -> None:
-        """Train from a checkpoint, or the start; of a run's last checkpoint, just take over."""
-        if checkpoint is not None:
-            self.before = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-            if self.before.global_step >= self.args.max_steps:
-                # the process died between its last step and its report; Trainer would do one more
-                self._load_from_checkpoint(str(checkpoint))
-                self.state = self.before
-                return
-        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    def train_from(self, start: Checkpoint | None) -> None:
+        """Train from a checkpoint whose adapter the model carries already, or from the start.
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.args.should_save:
-            save_adapter(self.model, output_dir or self._root)
+        Of a run's last checkpoint, just take over.
+        """
+        if start is None:
+            self.train()
+            return
+        self._resumed = start.state
+        self.before = TrainerState.load_from_json(str(start.path / TRAINER_STATE_NAME))
+        if self.before.global_step >= self.args.max_steps:
+            # the process died between its last step and its report; Trainer would do one more
+            self.state = self.before
+        else:
+            self.train(resume_from_checkpoint=str(start.path))
+
+    def get_train_dataloader(self) -> BatchLoader:
+        """This process's part of each batch, in an order that the seed and the epoch decide."""
+        return self._loader(self.train_dataset, seed=self.args.seed)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> BatchLoader:
+        """This process's part of the evaluation data."""
+        return self._loader(self.eval_dataset, seed=None)
+
+    def evaluation_loop(
+        self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """The mean loss of a token over all data: Trainer's own depends on the batches."""
+        self.model.eval()
+        device = self.args.device
+        total, tokens = torch.zeros((), device=device), torch.zeros((), device=device)
+        for inputs in dataloader:
+            count = targets(inputs["labels"]).to(device)
+            loss, _, _ = self.prediction_step(self.model, inputs, prediction_loss_only=True)
+            assert loss is not None
+            total, tokens = total + loss * count, tokens + count
+        total, tokens = self.accelerator.reduce((total, tokens))
+        return EvalLoopOutput(
+            predictions=(),  # pyright: ignore[reportArgumentType]
+            label_ids=None,
+            metrics={f"{metric_key_prefix}_loss": (total / tokens).item()},
+            num_samples=len(dataloader.dataset),
+        )
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, Any]:
+        model, loader = super()._prepare_for_training(*args, **kwargs)
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            self._order_buckets(model)
+        return model, loader
+
+    def _order_buckets(self, model: nn.Module) -> None:
+        """Let DDP order its buckets before the first step, and not after it.
+
+        Where a gradient lies in a bucket decides in which order three processes or more add it up:
+        a resumed run would round its first step otherwise than a run that went on.
+        """
+        blank = self._prepare_inputs(self.data_collator([WithBlank([])[BLANK]]))
+        model.train()
+        with torch.random.fork_rng():
+            model(**{**blank, "labels": None}).logits.sum().backward()
+        model.zero_grad()
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """Hide tensor parallelism from accelerate: it refuses it on CPU and has no part in it."""
+        args = super()._build_accelerator_args(**kwargs)
+        args.pop("parallelism_config", None)
+        return args
+
+    def _loader(self, samples: Any, *, seed: int | None) -> BatchLoader:
+        batches = GlobalBatches(
+            len(samples), self._batch_size, part=self._part, parts=self.parts, seed=seed
+        )
+        return BatchLoader(
+            WithBlank(samples),
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+            generator=torch.Generator(),  # else each pass would draw from the one of dropout
+        )
+
+    def save_adapter_to(self, directory: Path) -> None:
+        """Write the adapter's files; every process must call, the first one writes."""
+        if self._sharded:  # gathered by all; it tells all of them what became of it
+            save_adapter(self.model, directory)
+            return
+        with told_together():
+            if self.args.should_save:
+                save_adapter(self.model, directory)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_adapter(self.model, resume_from_checkpoint)
+        """The adapter was loaded before the model was sharded."""
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._writing_to)
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_optimizer_state(self.optimizer, self.model, self._resumed["optimizer"])
+            self.lr_scheduler.load_state_dict(self._resumed["schedule"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            place = f"step {self.before.global_step}, part {self._part}"
+            set_random_state(self._resumed["random"], derive_seed(self.args.seed, place))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self._resumed["scaler"] is not None:
+            scaler: Any = self.accelerator.scaler
+            scaler.load_state_dict(self._resumed["scaler"])
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Let Trainer write where nobody looks for complete checkpoints, then publish."""
+        """Write where nobody looks for complete checkpoints, then publish."""
+        scaler: Any = self.accelerator.scaler
+        state = {
+            "optimizer": optimizer_state(self.optimizer, self.model),
+            "schedule": self.lr_scheduler.state_dict(),
+            "random": random_states(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
         name, partial = f"checkpoint-{self.state.global_step}", self._root / PARTIAL
-        if self.args.should_save:
-            shutil.rmtree(partial, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._writing_to = partial
-        try:
-            # Trainer's own: SFTTrainer's would write a model card into the output as well
-            Trainer._save_checkpoint(self, model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                _publish(partial / name, self._root / name)
-                for old in checkpoints(self._root)[: -self._keep]:
-                    shutil.rmtree(old)
-        finally:
-            self._writing_to = self._root
+        with told_together():
             if self.args.should_save:
                 shutil.rmtree(partial, ignore_errors=True)
+                (partial / name).mkdir(parents=True)
+        self.save_adapter_to(partial / name)
+        with told_together():
+            if self.args.should_save:
+                write_state(partial / name, state)
+                self.state.save_to_json(str(partial / name / TRAINER_STATE_NAME))
+                publish(partial / name, self._root / name, keep=self._keep)
+                shutil.rmtree(partial)
 
 
 @contextlib.contextmanager
@@ -108,7 +230,6 @@ def trainer_config(prepared: Prepared, output: Path, *, resumed: bool) -> SFTCon
     """
     options, dtype, steps = prepared.spec.options, prepared.dtype, prepared.steps
     evaluate = bool(prepared.evaluation)
-    tenth = math.ceil(steps / 10)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "logs")
     schedule = "constant_with_warmup" if options.schedule == "constant" else options.schedule
     on_cuda = torch.cuda.is_available()
@@ -125,8 +246,8 @@ def trainer_config(prepared: Prepared, output: Path, *, resumed: bool) -> SFTCon
             warmup_steps=options.warmup,
             weight_decay=options.weight_decay,
             max_grad_norm=options.max_grad_norm,
-            per_device_train_batch_size=options.batch_size,
-            per_device_eval_batch_size=options.batch_size,
+            per_device_train_batch_size=part_of_batch(options),
+            per_device_eval_batch_size=part_of_batch(options),
             gradient_accumulation_steps=options.gradient_accumulation,
             bf16=dtype == torch.bfloat16,
             fp16=dtype == torch.float16,
@@ -134,24 +255,24 @@ def trainer_config(prepared: Prepared, output: Path, *, resumed: bool) -> SFTCon
             gradient_checkpointing=options.gradient_checkpointing,
             ddp_find_unused_parameters=False,
             eval_strategy="steps" if evaluate else "no",
-            eval_steps=options.eval_every or tenth,
+            **_intervals(options, steps),
             eval_on_start=evaluate and not resumed,
             save_strategy="steps",
-            save_steps=options.save_every or tenth,
-            logging_steps=min(options.log_every or math.ceil(steps / 200), steps),
             logging_nan_inf_filter=False,  # a NaN must be seen
+            save_only_model=True,  # the state of training is saved by us, whatever the sharding
             report_to=["tensorboard"],
+            log_level_replica="error",
+            ddp_timeout=options.timeout,
             disable_tqdm=True,
             include_num_input_tokens_seen="non_padding",
             max_length=None,
         )
 
 
-def _publish(partial: Path, final: Path) -> None:
-    """Make a finished checkpoint visible in one step, after its bytes reached the disk."""
-    for path in partial.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    if final.exists():
-        shutil.rmtree(final)
-    os.rename(partial, final)
+def _intervals(options: TrainingOptions, steps: int) -> dict[str, Any]:
+    tenth = math.ceil(steps / 10)
+    return {
+        "eval_steps": options.eval_every or tenth,
+        "save_steps": options.save_every or tenth,
+        "logging_steps": min(options.log_every or math.ceil(steps / 200), steps),
+    }

@@ -23,7 +23,8 @@ from bridge.peft.model.disable import check_kept
 from bridge.peft.model.participation import takes_no_part
 from bridge.peft.model.trained_parameters import forget_tie
 from bridge.peft.model.walk import adapted_modules, unwrap
-from bridge.peft.tensors import all_finite, is_plain, is_sharded
+from bridge.peft.parallel.fsdp import reshard
+from bridge.peft.tensors import all_finite, full_tensor, is_plain, is_sharded, sharded_like
 
 #: The dtypes in which a merge can be computed.
 COMPUTE_DTYPES = (torch.float32, torch.float64)
@@ -82,7 +83,9 @@ def merge(
     """Fold every branch into its base weight, in place: `W <- W + scale · B A`.
 
     The sum is computed in `compute_dtype` and rounded once. While merged, the branch is not
-    computed, and `model.state_dict()` is that of the dense merged model, without A and B.
+    computed, and `model.state_dict()` is that of the dense merged model, without A and B. Sharded
+    weights are gathered one after the other, and each rank keeps its part of the sum, so with those
+    every rank must call.
 
     Args:
         model: An adapted model.
@@ -97,7 +100,7 @@ def merge(
 
     Raises:
         AdapterError: Nothing to merge, merged already, switched off, a weight that is quantised,
-            sharded, shared, not finite or on `meta`; the model is as it was before.
+            shared, not finite or on `meta`; the model is as it was before.
 
     Example:
         >>> report = merge(model)
@@ -107,6 +110,7 @@ def merge(
         warnings.warn("merge(dtype=…) is now compute_dtype=…", DeprecationWarning, stacklevel=2)
         compute_dtype = dtype
     check_compute_dtype(compute_dtype)
+    reshard(unwrap(model))
     layers, tied = _mergeable_layers(model, untie=untie)
     for fqn, layer in layers:
         _check_finite(fqn, layer, compute_dtype)
@@ -137,6 +141,7 @@ def unmerge(model: nn.Module) -> None:
         AdapterError: Nothing is merged, the adapters are switched off, or the originals were given
             up (`keep_base=False`).
     """
+    reshard(unwrap(model))
     merged = [(f, m) for f, m in adapted_modules(model) if isinstance(m, LoRAMixin) and m.merged]
     if not merged:
         raise AdapterError("nothing is merged; call merge(model) first")
@@ -152,7 +157,7 @@ def _untie(model: nn.Module, tied: Mapping[LoRAMixin, list[str]]) -> tuple[str, 
     """Give layers whose weight is shared one of their own, in place; what that changed."""
     names = {module: fqn for fqn, module in adapted_modules(model)}
     for layer in tied:
-        layer.weight = nn.Parameter(layer.base_weight.detach().clone(), requires_grad=False)
+        layer.base.weight = nn.Parameter(layer.base_weight.detach().clone(), requires_grad=False)
         forget_tie(unwrap(model))
     return tuple(
         f"{names[layer]} is no longer tied to {', '.join(others)}; the model's config says so too "
@@ -164,13 +169,14 @@ def _untie(model: nn.Module, tied: Mapping[LoRAMixin, list[str]]) -> tuple[str, 
 def _merge_layer(
     fqn: str, layer: LoRAMixin, compute_dtype: torch.dtype, *, keep_base: bool
 ) -> MergeRow:
-    weight, branch = layer.base_weight, (layer.lora_a.weight, layer.lora_b.values, layer.scale)
+    weight = layer.base_weight
+    whole, a, b = map(full_tensor, (weight, layer.lora_a.weight, layer.lora_b.values))
     merged, row = merge_weight(
-        layer.oriented(weight), *branch, compute_dtype=compute_dtype, fqn=fqn
+        layer.oriented(whole), a, b, layer.scale, compute_dtype=compute_dtype, fqn=fqn
     )
     if keep_base:
         layer.unmerged_weight = weight.detach().to("cpu", copy=True)
-    weight.copy_(layer.oriented(merged))
+    weight.copy_(sharded_like(layer.oriented(merged), weight))
     layer.merged = True
     layer.weight_was_written()
     return row
@@ -211,6 +217,11 @@ def _mergeable_layers(
             f"{fqn} shares its weight with {', '.join(shared[layer])}, which a merge would change "
             "too; pass untie=True to give it a weight of its own"
         )
+    if sharded := [fqn for fqn, layer in tied if is_sharded(layer.base_weight)]:
+        raise AdapterError(
+            f"{sharded[0]} shares its weight with {', '.join(shared[tied[0][1]])}, and both are "
+            "sharded as one; save the adapter and merge it into the unsharded base"
+        )
     return layers, {layer: shared[layer] for _, layer in tied}
 
 
@@ -220,11 +231,16 @@ def _check_mergeable(fqn: str, layer: LoRAMixin) -> None:
     if layer.merged:
         raise AdapterError(f"{fqn} is merged already; unmerge(model) first")
     _check_enabled(fqn, layer)
-    if "weight" not in layer._parameters:
+    if "weight" not in layer.base._parameters:
         raise AdapterError(
             f"the weight of {fqn} is computed from other parameters (pruning, weight or spectral "
             "norm, a parametrization); make it a plain nn.Parameter first (prune.remove, "
             "remove_parametrizations)"
+        )
+    if is_sharded(weight) and isinstance(layer, nn.Linear) and not layer.plain_forward:
+        raise AdapterError(
+            f"{fqn} is a {layer.base_type.__name__}, whose own forward cannot be tried on a shard "
+            "of its weight; save the adapter and merge it into the unsharded base"
         )
     if not layer.is_linear():
         raise AdapterError(
@@ -237,11 +253,7 @@ def _check_mergeable(fqn: str, layer: LoRAMixin) -> None:
             "takes no part, and merging it could change the model; leave it out with "
             "exclude_modules and train again"
         )
-    if is_sharded(weight):
-        raise AdapterError(
-            f"{fqn} is sharded (DTensor); save the adapter and merge it into the unsharded base"
-        )
-    if weight.dtype not in TRAINABLE_DTYPES or not is_plain(weight):
+    if weight.dtype not in TRAINABLE_DTYPES or not (is_plain(weight) or is_sharded(weight)):
         kind = type(weight).__name__ if weight.dtype in TRAINABLE_DTYPES else weight.dtype
         raise AdapterError(
             f"{fqn} is quantised ({kind}), so a merge would round to its few bits; load the "
@@ -252,7 +264,7 @@ def _check_mergeable(fqn: str, layer: LoRAMixin) -> None:
 
 
 def _check_finite(fqn: str, layer: LoRAMixin, compute_dtype: torch.dtype) -> None:
-    weight, a, b = layer.base_weight, layer.lora_a.weight, layer.lora_b.values
+    weight, a, b = map(full_tensor, (layer.base_weight, layer.lora_a.weight, layer.lora_b.values))
     for name, tensor in (("base weight", weight), ("A", a), ("B", b)):
         if not all_finite(tensor):
             raise AdapterError(f"{fqn}: {name} holds NaN or inf; nothing was merged")

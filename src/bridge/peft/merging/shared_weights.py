@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from bridge.peft.branch.mixin import LoRAMixin
+from bridge.peft.tensors import is_sharded
 
 
 def sharers(model: nn.Module, layers: Iterable[LoRAMixin]) -> Mapping[LoRAMixin, list[str]]:
@@ -29,13 +30,15 @@ def sharers(model: nn.Module, layers: Iterable[LoRAMixin]) -> Mapping[LoRAMixin,
     for layer in layers:
         weight = layer.base_weight
         for name, module, parameter in by_storage.get(_storage(weight), []):
-            if module is not layer and _overlap(weight, parameter):
+            if module is not layer.base and _overlap(weight, parameter):
                 found.setdefault(layer, []).append(name)
     return found
 
 
 def _storage(tensor: Tensor) -> int:
     """The address of a tensor's storage; 0 where there is none (empty, `meta`, a wrapper)."""
+    if is_sharded(tensor):  # tied shards are one parameter, and may be empty on some rank
+        return id(tensor)
     try:
         return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):
@@ -43,6 +46,8 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _overlap(first: Tensor, second: Tensor) -> bool:
+    if is_sharded(first) or is_sharded(second):
+        return first is second
     (start, end), (other_start, other_end) = _extent(first), _extent(second)
     return start < other_end and other_start < end
 

@@ -15,8 +15,9 @@ from bridge.peft.branch.token_rows import WithTokenRows
 from bridge.peft.branch.wrapper import AdapterWrapper
 from bridge.peft.errors import AdapterError
 from bridge.peft.model.encoder_fast_path import encoder_fast_path
-from bridge.peft.model.trained_parameters import original_parameters
+from bridge.peft.model.trained_parameters import has_replaced, original_parameters
 from bridge.peft.model.walk import adapted_modules, token_rows_of, unwrap
+from bridge.peft.parallel.fsdp import reshard
 
 #: The modules that are switched off: by how many contexts, and what switches them on again.
 _OFF: WeakKeyDictionary[nn.Module, tuple[int, ExitStack]] = WeakKeyDictionary()
@@ -45,9 +46,12 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     for fqn, module in modules:
         if isinstance(module, LoRAMixin) and module.merged:
             check_kept(fqn, module)
-    parts = list(unwrap(model).modules())
     for fqn, module in token_rows_of(model):
         check_rows_kept(fqn, module)
+    root = unwrap(model)
+    parts = list(root.modules())
+    if writes := any(map(_is_written, parts)):
+        reshard(root)  # gathered copies must not be written to, nor outlive what is written
     with _LOCK, ExitStack() as entered:
         for module in parts:
             _switch_off(module)
@@ -57,7 +61,14 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         with _LOCK:
+            if writes:
+                reshard(root)
             leave.close()
+
+
+def _is_written(module: nn.Module) -> bool:
+    """Whether switching a module off writes into parameters."""
+    return (isinstance(module, LoRAMixin) and module.merged) or has_replaced(module)
 
 
 def _switch_off(module: nn.Module) -> None:

@@ -6,6 +6,7 @@ replace an adapted linear, or cast its A and B. None of that fails by itself.
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Mapping
@@ -20,8 +21,12 @@ from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.dtypes import dtype_name
 from bridge.peft.errors import AdapterError
 from bridge.peft.model.walk import adapted_modules, some_names
+from bridge.peft.parallel.fsdp import sharded_modules
+from bridge.peft.tensors import is_plain
 
 _RECORD = "adapted_fqns"
+#: The end of the file that holds Megatron's own checkpoint function.
+_MEGATRON_CHECKPOINT = os.path.join("megatron", "core", "tensor_parallel", "random.py")
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
@@ -78,7 +83,7 @@ class Watch:
         self._waiting = {layer: fqn for fqn, layer in layers.items()}
         self._dtypes = {layer: layer.branch_dtype for layer in layers.values()}
         self._ran: set[nn.Module] = set()
-        self._versions: dict[LoRAMixin, int] = {}
+        self._versions: dict[LoRAMixin, tuple[Tensor, int]] = {}
         self._buffers: dict[str, int] = {}
         self._wants_grad = False
         self._untrainable: list[str] = []
@@ -96,7 +101,8 @@ class Watch:
         if not torch.compiler.is_compiling():
             check_still_adapted(model)
             self._wants_grad = torch.is_grad_enabled()
-            self._versions = {m: _version(m.base_weight) for m in self._layers.values()}
+            weights = {m: m.base_weight for m in self._layers.values()}
+            self._versions = {m: (weight, _version(weight)) for m, weight in weights.items()}
             self._buffers = _buffer_versions(model) if model.training else {}
 
     def _saw(self, holder: nn.Module, args: Any) -> None:
@@ -126,7 +132,7 @@ class Watch:
             )
         self._warn_written()
         self._warn_buffers(model)
-        self._warn_cast()
+        self._warn_cast(model)
 
     def stop(self) -> None:
         """Take every hook off the model."""
@@ -155,8 +161,14 @@ class Watch:
             )
 
     def _warn_written(self) -> None:
-        before = self._versions
-        written = [f for f, m in self._layers.items() if _version(m.base_weight) > before[m]]
+        # FSDP2 may have put another tensor into a weight's place since
+        written = [
+            fqn
+            for fqn, layer in self._layers.items()
+            for weight, version in [self._versions[layer]]
+            if layer.base_weight is weight and _version(weight) > version
+        ]
+        self._versions = {}
         if written:
             warnings.warn(
                 f"{some_names(written)}: the model's forward writes into the base weight, and the "
@@ -183,8 +195,15 @@ class Watch:
             stacklevel=2,
         )
 
-    def _warn_cast(self) -> None:
-        cast = {f: m for f, m in self._layers.items() if m.branch_dtype != self._dtypes[m]}
+    def _warn_cast(self, model: nn.Module) -> None:
+        # FSDP2 computes in its policy's dtype with copies that it puts into their place
+        gathered = bool(sharded_modules(model))
+        cast = {
+            fqn: layer
+            for fqn, layer in self._layers.items()
+            if layer.branch_dtype != self._dtypes[layer]
+            and not (gathered and is_plain(layer.lora_a.weight))
+        }
         if not cast:
             return
         layer = next(iter(cast.values()))
@@ -216,7 +235,8 @@ def _in_checkpoint() -> bool:
     """Whether this is the first pass of a reentrant checkpoint, whose second pass has gradients."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        if frame.f_code.co_filename == checkpoint.__code__.co_filename:
+        file = frame.f_code.co_filename
+        if file == checkpoint.__code__.co_filename or file.endswith(_MEGATRON_CHECKPOINT):
             return True
         frame = frame.f_back
     return False

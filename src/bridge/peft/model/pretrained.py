@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,8 @@ from bridge.peft.tensors import is_plain
 
 #: How transformers marks a parameter that it has loaded.
 _MARK = "_is_hf_initialized"
+#: What an adapted model remembers: the names of `random_modules` at that time.
+_RECORD = "modules_from_no_checkpoint"
 
 
 def prepare_pretrained(model: nn.Module) -> None:
@@ -38,7 +41,8 @@ def random_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of a loaded model whose parameters are from no checkpoint: random, or resized.
 
     transformers marks each parameter that it loads. A model without any mark (made from a
-    configuration, or copied) tells nothing, and has none.
+    configuration, or copied) tells nothing, and has none. Sharding, and whatever else makes new
+    parameters, loses the marks; what was seen when the model was adapted counts from then on.
 
     Args:
         model: A model, not wrapped.
@@ -47,15 +51,27 @@ def random_modules(model: nn.Module) -> dict[str, nn.Module]:
         By fully qualified name, each as high in the model as all its parameters are random: a
         head of two linears is one module.
     """
+    by_name = {clean_fqn(fqn): module for fqn, module in model.named_modules()}
+    recorded = {fqn: by_name[fqn] for fqn in vars(model).get(_RECORD, ()) if fqn in by_name}
     if not any(hasattr(parameter, _MARK) for parameter in model.parameters()):
-        return {}
+        return recorded
     found: dict[str, nn.Module] = {}
     for fqn, module in model.named_modules():
         inside = any(fqn.startswith(f"{name}.") for name in found)
         parameters = [p for m in module.modules() for p in _own_parameters(m)]
         if fqn and not inside and parameters and not any(_is_loaded(p) for p in parameters):
             found[fqn] = module
-    return {clean_fqn(fqn): module for fqn, module in found.items()}
+    return recorded | {clean_fqn(fqn): module for fqn, module in found.items()}
+
+
+def remember_random_modules(model: nn.Module, fqns: Iterable[str]) -> None:
+    """Let `random_modules` know some modules from now on, in place.
+
+    Args:
+        model: A model that has been adapted, not wrapped.
+        fqns: Their fully qualified names.
+    """
+    setattr(model, _RECORD, tuple(fqns))
 
 
 def _own_parameters(module: nn.Module) -> list[nn.Parameter]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,40 @@ from bridge.peft.model.walk import (
     some_names,
     token_rows_of,
 )
-from bridge.peft.tensors import sharded_like
+from bridge.peft.parallel.fsdp import is_managed, join
+from bridge.peft.tensors import is_sharded, sharded_like
 
 _ORIGINALS = "parameters_before_adapter"
+
+
+class _Tied(NamedTuple):
+    """Places of one and the same parameter that get new values.
+
+    Attributes:
+        places: Module, name in it and fully qualified name of each.
+        is_one: Whether all of them get the same values, so that they stay tied.
+        is_untied: Whether other places keep the old values, or these get different ones.
+    """
+
+    places: list[tuple[nn.Module, str, str]]
+    is_one: bool
+    is_untied: bool
+
+
+def check_can_be_replaced(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Raise `AdapterError` if new values would untie what FSDP2 ties again at each gathering.
+
+    Args:
+        model: The model, not wrapped.
+        values: By fully qualified name.
+    """
+    for places, _, is_untied in _tied(model, values):
+        module, name, fqn = places[0]
+        if is_untied and is_managed(module) and is_sharded(module._parameters[name]):
+            raise AdapterError(
+                f"{fqn} shares its values with another parameter, which would keep them, and both "
+                "are sharded as one; load the adapter into the whole model, then call fully_shard"
+            )
 
 
 def replace_parameters(
@@ -41,6 +73,29 @@ def replace_parameters(
         values: By fully qualified name, of the parameters' shapes; cast to their dtypes.
         frozen: Names of those that are not trained further.
     """
+    for places, is_one, is_untied in _tied(model, values):
+        module, name, first = places[0]
+        old = module._parameters[name]
+        assert old is not None
+        if is_one and old.requires_grad and first not in frozen and not old.is_meta:
+            with torch.no_grad():  # in training already: an optimizer may hold it
+                old.copy_(sharded_like(values[first].to(old.dtype), old))
+            continue
+        if is_untied:
+            forget_tie(model)
+        new: nn.Parameter | None = None
+        for module, name, fqn in places:
+            module.__dict__.setdefault(_ORIGINALS, {}).setdefault(name, old)
+            if new is None or not is_one:
+                # a copy, so that the parameter shares nothing with the caller's tensor
+                copied = values[fqn].detach().to(old.device, old.dtype, copy=True)
+                new = nn.Parameter(sharded_like(copied, old), requires_grad=fqn not in frozen)
+            module._parameters[name] = new
+    join(model, ())  # FSDP2 takes up what was replaced
+
+
+def _tied(model: nn.Module, values: Mapping[str, Tensor]) -> list[_Tied]:
+    """The places that get new values, by the parameter that is there now."""
     modules = {clean_fqn(fqn): module for fqn, module in model.named_modules()}
     uses = Counter(id(p) for m in model.modules() for p in m._parameters.values())
     groups: dict[int, list[tuple[nn.Module, str, str]]] = {}
@@ -49,25 +104,11 @@ def replace_parameters(
         groups.setdefault(id(modules[owner]._parameters[name]), []).append(
             (modules[owner], name, fqn)
         )
-    for group in groups.values():
-        module, name, first = group[0]
-        old = module._parameters[name]
-        assert old is not None
-        is_one = all(torch.equal(values[fqn], values[first]) for _, _, fqn in group)
-        if is_one and old.requires_grad and first not in frozen and not old.is_meta:
-            with torch.no_grad():  # in training already: an optimizer may hold it
-                old.copy_(sharded_like(values[first].to(old.dtype), old))
-            continue
-        if uses[id(old)] > len(group) or not is_one:
-            forget_tie(model)
-        new: nn.Parameter | None = None
-        for module, name, fqn in group:
-            module.__dict__.setdefault(_ORIGINALS, {}).setdefault(name, old)
-            if new is None or not is_one:
-                # a copy, so that the parameter shares nothing with the caller's tensor
-                copied = values[fqn].detach().to(old.device, old.dtype, copy=True)
-                new = nn.Parameter(sharded_like(copied, old), requires_grad=fqn not in frozen)
-            module._parameters[name] = new
+    found: list[_Tied] = []
+    for parameter, places in groups.items():
+        is_one = all(torch.equal(values[fqn], values[places[0][2]]) for _, _, fqn in places)
+        found.append(_Tied(places, is_one, uses[parameter] > len(places) or not is_one))
+    return found
 
 
 def check_can_be_trained(fqn: str, module: nn.Module) -> None:
@@ -177,12 +218,46 @@ def original_parameters(module: nn.Module) -> Iterator[None]:
         module: Any module of an adapted model.
     """
     trained = {name: module._parameters[name] for name in vars(module).get(_ORIGINALS, {})}
-    for name, parameter in trained.items():
-        original = vars(module)[_ORIGINALS][name]
-        if parameter is not None and original.device != parameter.device:
-            original.data = original.data.to(parameter.device)
-        module._parameters[name] = original
+    with ExitStack() as stack:
+        for name, parameter in trained.items():
+            original = vars(module)[_ORIGINALS][name]
+            if original.is_meta:
+                raise AdapterError(
+                    f"the base's own {name} of a {type(module).__name__} that is trained in full "
+                    "was on the meta device when the model was adapted, and never loaded; adapt "
+                    "the loaded model to be able to switch the adapters off"
+                )
+            if is_sharded(parameter):
+                assert parameter is not None
+                stack.enter_context(_values_of(original, parameter))
+                continue
+            if parameter is not None and original.device != parameter.device:
+                original.data = original.data.to(parameter.device)
+            module._parameters[name] = original
+            stack.callback(module._parameters.__setitem__, name, parameter)
+        yield
+
+
+@contextmanager
+def _values_of(original: Tensor, parameter: nn.Parameter) -> Iterator[None]:
+    """Within the context a sharded parameter, which FSDP2 would put back, has other values."""
+    trained, wants_grad = parameter.detach().clone(), parameter.requires_grad
+    if not is_sharded(original):  # it was adapted before it was sharded
+        original = sharded_like(original.to(parameter.dtype), parameter)
+    with torch.no_grad():
+        parameter.requires_grad_(False).copy_(original)
     try:
         yield
     finally:
-        module._parameters.update(trained)
+        with torch.no_grad():
+            parameter.copy_(trained)
+        parameter.requires_grad_(wants_grad)
+
+
+def has_replaced(module: nn.Module) -> bool:
+    """Whether parameters of a module's own were replaced.
+
+    Args:
+        module: Any module of an adapted model.
+    """
+    return bool(vars(module).get(_ORIGINALS))

@@ -18,7 +18,7 @@ _WRAPPERS = frozenset(
     )
 )
 #: Levels that stand in the names of a model's own modules.
-_WRAPPER_LEVELS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_WRAPPER_LEVELS = ("to_wrap", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -47,7 +47,7 @@ def wrappers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def clean_fqn(fqn: str) -> str:
-    """`fqn` without the levels that compiling or activation checkpointing puts in between."""
+    """`fqn` without the levels that wrapping a module puts in between."""
     return ".".join(part for part in fqn.split(".") if part not in _WRAPPER_LEVELS)
 
 
@@ -105,12 +105,14 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     Args:
         model: A model, adapted or not, not wrapped.
     """
-    modules = {clean_fqn(fqn): module for fqn, module in model.named_modules()}
+    modules: dict[str, nn.Module] = {}
+    for fqn, module in model.named_modules():
+        modules.setdefault(clean_fqn(fqn), module)  # a wrapper comes before what it holds
     own = tuple(
         f"{fqn}.{child}."
         for fqn, module in modules.items()
         if isinstance(module, LoRAMixin)
-        for child in ("lora_a", "lora_b", "dropout")
+        for child in ("lora_a", "lora_b", "dropout", "adapter")
     ) + tuple(f"{fqn}." for fqn, module in modules.items() if isinstance(module, TokenRows))
     return {fqn: module for fqn, module in modules.items() if not f"{fqn}.".startswith(own)}
 

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
+from bridge.peft.branch.registry import kind_of
+
 #: What is asked of a weight without computing with it; `data` is what is written through.
 _METADATA = frozenset(
     (
@@ -43,7 +45,9 @@ def read_weights(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
     for module in model.modules():
         for path in _paths_read_by(type(module)):
             for target in _reached(module, path):
-                found.setdefault(target, []).append(module)
+                kind = kind_of(type(target))
+                if kind is None or not kind.wraps:  # Megatron reads its weights to clip them
+                    found.setdefault(target, []).append(module)
     return found
 
 

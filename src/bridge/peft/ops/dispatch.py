@@ -133,8 +133,7 @@ def lora_add(
     Args as in `lora_branch_reference`; ``base_out``, (..., out_features), is never written to, and
     ``shard`` says which mask is drawn, see `draw_seed`.
     """
-    x, lora_a, lora_b = _autocast(x, lora_a, lora_b)
-    lora_a, lora_b = _for_products(x, lora_a, lora_b)
+    x, lora_a, lora_b = cast_for_products(x, lora_a, lora_b)
     trains = _trains(lora_a, lora_b)
     path = choose_path(base_out, x, lora_a, lora_b, plain_linear=False, trains_a_and_b=trains)
     if path.name == "reference":
@@ -146,6 +145,15 @@ def lora_add(
     if torch.is_grad_enabled():
         return LoRAAddFunction.apply(*arguments)
     return add_forward(*arguments)[0]
+
+
+def cast_for_products(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x, A and B in the dtypes in which they are multiplied; autograd sees the casts.
+
+    Args as in `lora_add`.
+    """
+    x, lora_a, lora_b = _autocast(x, lora_a, lora_b)
+    return x, *_for_products(x, lora_a, lora_b)
 
 
 def _trains(lora_a: Tensor, lora_b: Tensor) -> bool:

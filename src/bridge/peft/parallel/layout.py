@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from bridge.peft.errors import UnsupportedLinearError
+from bridge.peft.parallel.megatron import is_split_by_megatron
 from bridge.peft.tensors import is_sharded
 
 if TYPE_CHECKING:
@@ -59,11 +60,12 @@ class Layout:
         return self.mesh.get_local_rank()
 
 
-def layout_of(weight: Tensor) -> Layout:
+def layout_of(weight: Tensor, *, below_fsdp: bool = False) -> Layout:
     """The layout of A and B over a sharded weight.
 
     Args:
         weight: A DTensor of shape (out_features, in_features).
+        below_fsdp: Whether `fully_shard` was called on it too, whose mesh then comes first.
 
     Raises:
         UnsupportedLinearError: Its mesh has several dimensions, or it is a partial sum.
@@ -71,19 +73,20 @@ def layout_of(weight: Tensor) -> Layout:
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     assert isinstance(weight, DTensor)
-    if weight.device_mesh.ndim != 1:
+    mesh, placement = weight.device_mesh, weight.placements[-1]
+    if below_fsdp and mesh.ndim == 2 and mesh.mesh_dim_names:
+        mesh = mesh[mesh.mesh_dim_names[-1]]
+    if mesh.ndim != 1:
         raise UnsupportedLinearError(
-            f"its weight is sharded over a mesh of {weight.device_mesh.ndim} dimensions; shard it "
-            "over the tensor-parallel dimension alone (mesh['tp']), adapt the model, then call "
-            "fully_shard"
+            f"its weight is sharded over a mesh of {mesh.ndim} dimensions; shard it over the "
+            "tensor-parallel dimension alone (mesh['tp']), adapt the model, then call fully_shard"
         )
-    (placement,) = weight.placements
     if placement.is_shard(0):
-        return Layout(weight.device_mesh, a=Replicate(), b=Shard(0))
+        return Layout(mesh, a=Replicate(), b=Shard(0))
     if placement.is_shard(1):
-        return Layout(weight.device_mesh, a=Shard(1), b=Replicate())
+        return Layout(mesh, a=Shard(1), b=Replicate())
     if placement.is_replicate():
-        return Layout(weight.device_mesh, a=Replicate(), b=Replicate())
+        return Layout(mesh, a=Replicate(), b=Replicate())
     raise UnsupportedLinearError(f"its weight is placed as {placement}, not sharded or replicated")
 
 
@@ -121,7 +124,8 @@ def agreed_seed(model: nn.Module, seed: int) -> int:
         model: The model; every rank must call if it is sharded.
         seed: This rank's own.
     """
-    if not any(map(is_sharded, model.parameters())):
+    is_split = any(map(is_sharded, model.parameters())) or is_split_by_megatron(model)
+    if not is_split:
         return seed
     agreed: list[Any] = [seed]
     torch.distributed.broadcast_object_list(agreed)

@@ -48,6 +48,7 @@ def first_rows(sharded: Tensor, count: int) -> Tensor:
     if is_first_copy and rows.start < count:
         end = min(rows.stop, count)
         found[rows.start : end, columns] = local[: end - rows.start].to(found.device)
+    # as bytes: a sum of floats would turn -0.0 into 0.0, and these are to be hashed
     for dim in range(mesh.ndim):
-        torch.distributed.all_reduce(found, group=mesh.get_group(dim))
+        torch.distributed.all_reduce(found.view(torch.uint8), group=mesh.get_group(dim))
     return found

@@ -4,11 +4,13 @@ from bridge.peft.branch.kinds.conv import ConvAdapter
 from bridge.peft.branch.kinds.conv1d import Conv1DAdapter
 from bridge.peft.branch.kinds.embedding import EmbeddingAdapter
 from bridge.peft.branch.kinds.linear import LinearAdapter
+from bridge.peft.branch.kinds.megatron import MegatronLinearAdapter
 from bridge.peft.branch.kinds.transformer_engine import TELinearAdapter
 from bridge.peft.branch.mixin import LoRAMixin
 
 #: Most specific first: the first that takes a class is its kind.
 KINDS: tuple[type[LoRAMixin], ...] = (
+    MegatronLinearAdapter,
     TELinearAdapter,
     Conv1DAdapter,
     LinearAdapter,

@@ -15,6 +15,7 @@ from bridge.peft.branch.options import BranchOptions, DropoutPosition, InitMetho
 from bridge.peft.branch.sharding import FollowsSharding, is_distributed, place_branch
 from bridge.peft.errors import UnsupportedLinearError
 from bridge.peft.ops.dispatch import lora_linear
+from bridge.peft.parallel.fsdp import is_managed
 from bridge.peft.parallel.layout import layout_of
 from bridge.peft.parallel.tensor import sharded_linear
 from bridge.peft.parallel.transformers_styles import is_tensor_parallel
@@ -57,7 +58,7 @@ class LinearAdapter(LoRAMixin, FollowsSharding, nn.Linear):
         if not (is_distributed(module) or is_tensor_parallel(module)):
             return super().sharded_refusal(module)
         try:
-            layout_of(module.weight)  # pyright: ignore[reportArgumentType]
+            layout_of(module.weight, below_fsdp=is_managed(module))  # pyright: ignore
         except UnsupportedLinearError as error:
             return str(error)
         return None

@@ -13,7 +13,8 @@ from torch import Tensor
 from bridge.peft.errors import AdapterError, AdapterFileError
 from bridge.peft.formats.convert.converted import Step
 from bridge.peft.formats.convert.layout import AttentionLayout
-from bridge.peft.formats.convert.megatron import from_megatron, to_megatron
+from bridge.peft.formats.convert.megatron import from_megatron, from_megatron_model, to_megatron
+from bridge.peft.formats.convert.megatron_keys import has_megatron_names
 from bridge.peft.formats.convert.mlx import TENSORS_NAME as MLX_TENSORS_NAME
 from bridge.peft.formats.convert.mlx import from_mlx, to_mlx
 from bridge.peft.formats.convert.plain import from_plain
@@ -176,6 +177,11 @@ def _read(
     source = detect_format(tensors)
     if source in ("peft", "plain") and config is not None:
         adapter = adapter_from(config, extra, tensors)
+        if has_megatron_names(adapter):
+            if layout is None:
+                raise _no_layout()
+            adapter = _with_alpha(adapter, alpha)
+            return "megatron", *from_megatron_model(adapter, layout), layout
         how = "unchanged" if source == "peft" else "renamed"
         steps = [Step(name=fqn, how=how) for fqn in adapter.tensors]
         return source, _with_alpha(adapter, alpha), steps, layout

@@ -13,6 +13,7 @@ zeros, which changes nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -26,9 +27,20 @@ from torch.nn import functional as F
 from bridge.peft.errors import AdapterError, AdapterFileError
 from bridge.peft.formats.convert.converted import Converted, Step, extra_of, prefix_of, restored
 from bridge.peft.formats.convert.layout import AttentionLayout, fuse_qkv, split_qkv
-from bridge.peft.formats.convert.megatron_keys import FUSED, Pair, group_by_fused, read_pairs
+from bridge.peft.formats.convert.megatron_keys import (
+    FUSED,
+    Pair,
+    group_by_fused,
+    place_of,
+    read_pairs,
+)
 from bridge.peft.formats.peft.adapter_file import AdapterFile
+from bridge.peft.formats.peft.config import alpha_for, new_config
+from bridge.peft.formats.peft.names import choose_targets
 from bridge.peft.low_rank import relative_difference, truncated
+
+#: What `bridge_adapter.json` says of branches whatever the names.
+_KEPT = ("dropout_position", "lora_A_init_method")
 
 
 def to_megatron(
@@ -68,7 +80,8 @@ def to_megatron(
         steps.append(Step(name=name, how=how, error=error))
     dim = max(a.shape[0] for a, _ in fused.values())
     extra = extra_of(adapter, layout, dim, scale, format="megatron", prefix=prefix, parts=parts)
-    return Converted(tensors=_named(fused, dim), extra=extra, steps=steps)
+    config = _config_of(fused, dim, alpha_for(scale, dim), adapter, layout)
+    return Converted(tensors=_named(fused, dim), extra=extra, steps=steps, config=config)
 
 
 def from_megatron(
@@ -91,14 +104,47 @@ def from_megatron(
     Raises:
         AdapterFileError: A key, a shape or `extra` is not right.
     """
+    fused = read_pairs(tensors)
+    scales = {name: alpha / pair[0].shape[0] for name, (*_, pair) in fused.items()}
+    return _apart(fused, scales, extra, layout)
+
+
+def from_megatron_model(
+    adapter: AdapterFile, layout: AttentionLayout
+) -> tuple[AdapterFile, list[Step]]:
+    """Convert what `save_adapter` wrote of a Megatron model, under Megatron's names; exact.
+
+    Args:
+        adapter: The adapter; see `has_megatron_names`.
+        layout: The model's attention layout.
+
+    Returns:
+        The adapter, and how each module came about.
+    """
+    places = {name: place_of(name) for name in adapter.tensors}
+    fused = {p.name: (p.layer, p.fused, adapter.tensors[n]) for n, p in places.items() if p}
+    scales = {p.name: adapter.scale(n) for n, p in places.items() if p}
+    extra = {"dropout": adapter.parsed.lora_dropout}
+    converted, steps = _apart(fused, scales, extra, layout)
+    kept = {name: v for name, v in adapter.extra.items() if name in _KEPT}
+    return dataclasses.replace(converted, extra=kept), steps
+
+
+def _apart(
+    fused: Mapping[str, tuple[int, str, Pair]],
+    scale_of: Mapping[str, float],
+    extra: Mapping[str, Any],
+    layout: AttentionLayout,
+) -> tuple[AdapterFile, list[Step]]:
+    """The parts of fused linears, each with A and its own rows of B."""
     prefix, known = prefix_of(extra), extra.get("parts", {})
     if not isinstance(known, dict):
         raise AdapterFileError(f"bridge_adapter.json: parts must be an object, got {known!r:.80}")
     found: dict[str, Pair] = {}
     scales: dict[str, float] = {}
     steps: list[Step] = []
-    for name, (layer, fused, pair) in read_pairs(tensors).items():
-        block, names = FUSED[fused]
+    for name, (layer, kind, pair) in fused.items():
+        block, names = FUSED[kind]
         rows = _split(name, pair, names, layout)
         columns = _columns(known.get(name), rows, pair[0].shape[0])
         for part in columns or names:
@@ -106,8 +152,8 @@ def from_megatron(
             fqn = f"{prefix}layers.{layer}.{block}.{part}"
             b = rows[part][:, start:stop]
             found[fqn] = (pair[0][start:stop].clone(), (b / factor if factor != 1 else b).clone())
-            scales[fqn] = alpha / pair[0].shape[0] * factor
-            steps.append(Step(name=fqn, how=f"from {fused.rpartition('.')[2]}"))
+            scales[fqn] = scale_of[name] * factor
+            steps.append(Step(name=fqn, how=f"from {kind.rpartition('.')[2]}"))
     return restored(found, scales, extra, layout), steps
 
 
@@ -208,6 +254,21 @@ def _named(fused: Mapping[str, Pair], dim: int) -> dict[str, Tensor]:
         tensors[f"{name}.adapter.linear_in.weight"] = F.pad(a, (0, 0, 0, more))
         tensors[f"{name}.adapter.linear_out.weight"] = F.pad(b, (0, more))
     return tensors
+
+
+def _config_of(
+    fused: Mapping[str, Pair],
+    dim: int,
+    alpha: float,
+    adapter: AdapterFile,
+    layout: AttentionLayout,
+) -> dict[str, Any]:
+    """A config by which `load_adapter` adapts a Megatron model."""
+    layers = range(layout.layers or 0)
+    others = [f"decoder.layers.{i}.{kind}" for i in layers for kind in FUSED]
+    targets = choose_targets(fused, [name for name in others if name not in fused])
+    ranks, alphas = dict.fromkeys(fused, dim), dict.fromkeys(fused, alpha)
+    return new_config(ranks, alphas, targets, lora_dropout=adapter.parsed.lora_dropout)
 
 
 def _split(

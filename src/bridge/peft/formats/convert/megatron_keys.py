@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from torch import Tensor
 
-from bridge.peft.errors import AdapterFileError
+from bridge.peft.errors import AdapterError, AdapterFileError
 from bridge.peft.formats.convert.converted import places
 from bridge.peft.formats.peft.adapter_file import AdapterFile
 from bridge.peft.formats.peft.keys import Halves
@@ -24,10 +25,45 @@ FUSED = {
 _FUSED_OF = {
     f"{block}.{part}": (fused, part) for fused, (block, parts) in FUSED.items() for part in parts
 }
-_MEGATRON_KEY = re.compile(
-    r"(?P<prefix>(?:\w+\.)*?)decoder\.layers\.(?P<layer>\d+)\.(?P<fused>\w+\.\w+)"
-    r"\.adapter\.linear_(?P<side>in|out)\.weight"
-)
+_MEGATRON_NAME = r"(?P<prefix>(?:\w+\.)*?)decoder\.layers\.(?P<layer>\d+)\.(?P<fused>\w+\.\w+)"
+_MEGATRON_KEY = re.compile(rf"{_MEGATRON_NAME}\.adapter\.linear_(?P<side>in|out)\.weight")
+_MEGATRON_FQN = re.compile(_MEGATRON_NAME)
+
+
+class Place(NamedTuple):
+    """Where a fused linear is: its name without a prefix, its layer, and its key in `FUSED`."""
+
+    name: str
+    layer: int
+    fused: str
+
+
+def place_of(fqn: str) -> Place | None:
+    """Where a module of a Megatron model is; None if it is not such a fused linear.
+
+    Args:
+        fqn: Its fully qualified name.
+    """
+    match = _MEGATRON_FQN.fullmatch(fqn) if len(fqn) < 1000 else None
+    if match is None or match["fused"] not in FUSED:
+        return None
+    layer, fused = int(match["layer"]), match["fused"]
+    return Place(f"decoder.layers.{layer}.{fused}", layer, fused)
+
+
+def has_megatron_names(adapter: AdapterFile) -> bool:
+    """Whether an adapter is of a Megatron model, by the names of all its modules.
+
+    Raises:
+        AdapterError: Some are, and others (experts, an output head) have no counterpart elsewhere.
+    """
+    odd = [fqn for fqn in adapter.tensors if place_of(fqn) is None]
+    if odd and any(".linear_qkv" in fqn or ".linear_fc" in fqn for fqn in adapter.tensors):
+        raise AdapterError(
+            f"{odd[0]} of a Megatron model has no counterpart in a Llama or Qwen type model; only "
+            f"{', '.join(FUSED)} have one"
+        )
+    return not odd
 
 
 def group_by_fused(adapter: AdapterFile) -> tuple[str, dict[str, dict[str, str]]]:

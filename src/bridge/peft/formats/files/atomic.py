@@ -86,7 +86,7 @@ def finish_commit(directory: Path) -> None:
         for path in sorted(committed.iterdir()):
             with contextlib.suppress(FileNotFoundError):
                 os.replace(path, directory / path.name)
-    _sync_directory(directory)
+    sync_directory(directory)
     _remove_if_empty(committed)
 
 
@@ -109,9 +109,9 @@ def _stage_and_commit(directory: Path, files: Mapping[str, bytes | memoryview]) 
     try:
         for name, content in files.items():
             _write_flushed(staging / name, content)
-        _sync_directory(staging)
+        sync_directory(staging)
         _commit(staging, directory)
-        _sync_directory(directory)
+        sync_directory(directory)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -154,7 +154,8 @@ def _remove_if_empty(directory: Path) -> None:
         return
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Bring to disk what was created, renamed or removed in a directory."""
     if os.name == "nt":
         return  # directories cannot be opened there
     descriptor = os.open(directory, os.O_RDONLY)

@@ -74,10 +74,7 @@ def adapter_of(model: nn.Module) -> AdapterFile:
         task_type=_task_type(root),
         **whole_fields,
     )
-    tensors = {
-        fqn: (full_tensor(layer.lora_a.weight), full_tensor(layer.lora_b.weight))
-        for fqn, layer in layers.items()
-    }
+    tensors = {fqn: (layer.lora_a.whole(), layer.lora_b.whole()) for fqn, layer in layers.items()}
     embeddings = {f for f, m in layers.items() if isinstance(m, EmbeddingAdapter)}
     return AdapterFile(
         config=config,

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from bridge.peft.branch.mixin import LoRAMixin
+from bridge.peft.branch.registry import kind_of
 from bridge.peft.dtypes import dtype_name
 from bridge.peft.errors import AdapterFileError
 from bridge.peft.parallel.parts import first_rows
+from bridge.peft.parallel.shard import Shard
 from bridge.peft.tensors import is_plain, is_sharded
 
 #: Values of each weight that are hashed.
@@ -36,15 +38,16 @@ def fingerprint(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
     Returns:
         `{"model.layers.0.….q_proj": {"shape": [4096, 4096], "dtype": "bfloat16", "hash": "…"}}`.
     """
-    return {
-        fqn: {
-            "shape": list(weight.shape),
-            "dtype": dtype_name(weight.dtype),
-            "hash": _hash(weight),
-        }
-        for fqn, module in modules.items()
-        if (weight := _base_weight(module)) is not None
-    }
+    found: dict[str, dict[str, Any]] = {}
+    for fqn, module in modules.items():
+        if (weight := _base_weight(module)) is not None:
+            shard = _shard(module)
+            found[fqn] = {
+                "shape": list(shard.shape(weight.shape) if shard else weight.shape),
+                "dtype": dtype_name(weight.dtype),
+                "hash": _hash(weight, shard),
+            }
+    return found
 
 
 def differences(
@@ -105,10 +108,20 @@ def _is_sharded_plainly(weight: Tensor) -> bool:
     return is_sharded(weight) and is_plain(weight.to_local())  # pyright: ignore
 
 
-def _hash(weight: Tensor) -> str:
+def _shard(module: nn.Module) -> Shard | None:
+    """Which part of the weight a module of Megatron's holds; None for other modules."""
+    kind = kind_of(type(module))
+    return None if kind is None else kind.weight_shard(module)
+
+
+def _hash(weight: Tensor, shard: Shard | None) -> str:
     # the first rows that hold enough values, so that nothing large is copied
-    count = -(-HASHED_VALUES // max(weight.shape[1:].numel(), 1))
-    rows = first_rows(weight, count) if is_sharded(weight) else weight[:count]
+    width = max(weight.shape[1:].numel(), 1) if shard is None else shard.shape(weight.shape)[1]
+    count = -(-HASHED_VALUES // max(width, 1))
+    if shard is not None:
+        rows = shard.first_rows(weight, count)
+    else:
+        rows = first_rows(weight, count) if is_sharded(weight) else weight[:count]
     values = rows.reshape(-1)[:HASHED_VALUES].to("cpu")
     if values.is_floating_point():
         values = values.to(torch.bfloat16)

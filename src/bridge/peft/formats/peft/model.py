@@ -19,9 +19,10 @@ from bridge.peft.formats.peft.places import placed
 from bridge.peft.formats.peft.saved_whole import parameters_saved_whole, replacements
 from bridge.peft.lora import Model
 from bridge.peft.model.adapt import Planned, adapt_in_place, check_can_be_adapted
-from bridge.peft.model.trained_parameters import replace_parameters
-from bridge.peft.model.walk import adapted_modules, adapter_parameters, unwrap
-from bridge.peft.tensors import is_sharded, sharded_like
+from bridge.peft.model.trained_parameters import check_can_be_replaced, replace_parameters
+from bridge.peft.model.walk import adapted_modules, token_rows_of, unwrap
+from bridge.peft.parallel.fsdp import reshard
+from bridge.peft.tensors import is_sharded
 
 
 def save_adapter(model: nn.Module, directory: str | Path) -> Path:
@@ -43,10 +44,12 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
     Raises:
         AdapterError: The model has no adapters, or the directory cannot be written to.
     """
+    reshard(unwrap(model))
     adapter = adapter_of(model)
-    parameters = [parameter for _, parameter in adapter_parameters(model)]
-    parameters += [p for _, p in parameters_saved_whole(unwrap(model)).values()]
-    if not any(map(is_sharded, parameters)):
+    whole = [p for _, p in parameters_saved_whole(unwrap(model)).values()]
+    whole += [module.rows.weight for _, module in token_rows_of(model)]
+    layers = [m for _, m in adapted_modules(model) if isinstance(m, LoRAMixin)]
+    if not any(layer.is_sharded for layer in layers) and not any(map(is_sharded, whole)):
         return write_adapter(adapter, directory)
     failure: list[AdapterError | None] = [None]
     if torch.distributed.get_rank() == 0:
@@ -88,6 +91,7 @@ def load_adapter(
         AlreadyAdaptedError: The model carries another adapter.
     """
     root = unwrap(model)
+    reshard(root)
     if next(adapted_modules(root), None) is None:
         check_can_be_adapted(model)
     adapter = placed(read_adapter(directory), root)
@@ -96,6 +100,7 @@ def load_adapter(
     modules = {adapter.name_in_file(fqn): module for fqn, module, _ in planned}
     _check_base(adapter, modules, strict)
     tensors, whole = adapter.tensors, replacements(adapter, root)
+    check_can_be_replaced(root, whole)
     if present:
         _set_values([(module, *tensors[fqn]) for fqn, module, _ in planned])
         for plan in tokens:
@@ -112,8 +117,8 @@ def load_adapter(
 def _set_values(values: list[tuple[nn.Module, Tensor, Tensor]]) -> None:
     for module, a, b in values:
         assert isinstance(module, LoRAMixin)
-        for matrix, values in ((module.lora_a, a), (module.lora_b, b)):
-            matrix.weight.copy_(sharded_like(values.to(matrix.weight.dtype), matrix.weight))
+        module.lora_a.set_whole(a)
+        module.lora_b.set_whole(b)
 
 
 def _check_base(adapter: AdapterFile, modules: dict[str, nn.Module], strict: bool) -> None:

@@ -148,19 +148,20 @@ def split_keys(tensors: Mapping[str, Tensor]) -> Contents:
         )
     halves, kernels = Halves(), {}
     for key, m in found.items():
+        letter = _LETTERS.get(m["half"], m["half"].upper())
         if tensors[key].dim() > 2:
-            kernels.setdefault(m["fqn"], {})[m["half"].upper()] = tensors[key]
-            continue
-        halves.add(m["fqn"], _LETTERS.get(m["half"], m["half"].upper()), tensors[key], key)
+            kernels.setdefault(m["fqn"], {})[letter] = tensors[key]
+        else:
+            halves.add(m["fqn"], letter, tensors[key], key)
     rest = {name: tensors[key] for key, name in names.items() if key not in found}
     rest, tokens = _without_tokens(rest)
+    if odd := [fqn for fqn, half in kernels.items() if len(half) == 1]:
+        raise AdapterFileError(
+            f"one of A and B of {odd[0]} is not a matrix, and not both are kernels of a "
+            "convolution; save the adapter again"
+        )
     pairs, shapes = halves.pairs(), {}
     for fqn, half in kernels.items():
-        if fqn in pairs or len(half) == 1:
-            raise AdapterFileError(
-                f"the file holds only the {next(iter(half))} of {fqn}, or matrices too; save the "
-                "adapter again"
-            )
         a, b, shapes[fqn] = flattened(fqn, half["A"], half["B"])
         pairs[fqn] = a, b
     return Contents(

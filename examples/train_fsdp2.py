@@ -76,7 +76,7 @@ def main() -> None:
     trained = StateDictOptions(ignore_frozen_params=True)
     weights, moments = get_state_dict(model, optimizer, options=trained)
     state = {"adapter": weights, "optimizer": moments}
-    dcp.save(state, checkpoint_id=f"{directory[0]}/checkpoint")
+    dcp.save(state, checkpoint_id=f"{directory[0]}/checkpoint")  # pyright: ignore
     # for everybody else: PEFT's files; every rank calls, the first one writes
     save_adapter(model, f"{directory[0]}/adapter")
 

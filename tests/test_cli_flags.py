@@ -28,6 +28,8 @@ LORA_FLAGS = [
     "--rank-pattern",
     "--alpha-pattern",
     "--use-rslora",
+    "--use-dora",
+    "--freeze-a",
     "--modules-to-train",
 ]
 LAYOUT_FLAGS = [
@@ -44,6 +46,7 @@ TRAINING_FLAGS = [
     "--schedule",
     "--warmup",
     "--weight-decay",
+    "--lora-plus-ratio",
     "--max-grad-norm",
     "--epochs",
     "--steps",
@@ -52,6 +55,7 @@ TRAINING_FLAGS = [
     "--max-length",
     "--on-long",
     "--dtype",
+    "--quantize",
     "--seed",
     "--gradient-checkpointing",
     "--eval-share",

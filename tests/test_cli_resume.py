@@ -121,6 +121,30 @@ def test_stop_then_resume_ends_with_the_same_bits(stopped, uninterrupted, capsys
     assert adapter(stopped) == adapter(uninterrupted)
 
 
+FUNCTIONS = [
+    ("--lora-plus-ratio", 16),
+    ("--use-dora",),
+    ("--freeze-a",),
+    ("--lora-a-init-method", "pissa", "--lora-plus-ratio", 4),
+]
+
+
+@pytest.mark.parametrize("flags", FUNCTIONS, ids=str)
+def test_another_function_stopped_and_resumed_ends_with_the_same_bits(
+    arguments, tmp_path, monkeypatch, flags
+):
+    arguments = [*arguments, "--epochs", 1, *flags]
+    whole, cut, plain = (tmp_path / name for name in ("whole", "cut", "plain"))
+    assert finetune(*arguments, "--output", whole) == 0
+    stop_after(9, monkeypatch)
+    assert finetune(*arguments, "--output", cut) == 130
+    monkeypatch.undo()
+    assert finetune("--resume", "--output", cut) == 0
+    assert adapter(cut) == adapter(whole)
+    assert finetune(*arguments[: -len(flags)], "--output", plain) == 0
+    assert adapter(plain) != adapter(whole)
+
+
 def test_the_complete_history_is_in_the_curve_of_a_resumed_run(stopped, uninterrupted):
     assert finetune("--resume", "--output", stopped) == 0
     metrics, complete = (

@@ -64,6 +64,7 @@ def test_a_base_model_is_checked_with_a_fresh_adapter_on_a_copy():
     model = models.llama()
     report = doctor(model)
     assert report.healthy and report["adapters"].status == "warn"
+    assert report["forward and backward of the model"].status == "pass"
     assert not any(hasattr(m, "lora_a") for m in model.modules())
 
 

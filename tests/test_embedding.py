@@ -311,3 +311,19 @@ def shard_and_compare():
 @pytest.mark.distributed
 def test_fsdp2_gives_the_numbers_of_one_process(tmp_path):
     on_ranks(2, shard_and_compare, tmp_path)
+
+
+def test_dora_and_starts_out_of_the_weight_are_for_linears():
+    for options in ({"use_dora": True}, {"lora_A_init_method": "olora"}):
+        model = parts.build(models.llama)
+        with pytest.raises(UnsupportedLinearError, match="which is for linears"):
+            LoRA(**EMBEDDING, **options)(model)
+        assert all(p.requires_grad for p in model.parameters())
+
+
+def test_with_a_frozen_b_is_what_starts_at_zero():
+    model = LoRA(**EMBEDDING, freeze_a=True)(parts.build(models.llama))
+    embedding = model.model.embed_tokens
+    assert embedding.lora_a.weight.any() and not embedding.lora_b.weight.any()
+    (gradient,) = torch.autograd.grad(embedding(IDS).sum(), [embedding.lora_b.weight])
+    assert gradient.any()

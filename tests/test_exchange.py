@@ -75,8 +75,47 @@ def compare_the_two_ways():
         frozen = result_and_gradients(layout, p, position, torch.float32, frozen=True)
         whole = result_and_gradients(layout, p, position, torch.float32)
         torch.testing.assert_close(frozen, whole[:4], rtol=1e-5, atol=1e-5)
+    count_what_travels()
     tell_ranks_that_differ()
     clip_as_torch_does_the_whole()
+
+
+#: What travels in a forward and a backward: the collective, and how many numbers a rank gives.
+_H, _HALF = TOKENS * 2 * DIM, TOKENS * DIM
+_A, _B = DIM * IN, OUT * DIM
+TRAVELS = {
+    (True, "whole"): [("all_reduce", _H)],
+    (True, "sequence"): [
+        ("all_gather_into_tensor", _HALF),
+        ("reduce_scatter_tensor", _H),
+        ("all_reduce", _A),
+    ],
+    (True, "expert"): [("all_reduce", _A)],
+    (False, "whole"): [("all_reduce", _H)],
+    (False, "sequence"): [
+        ("reduce_scatter_tensor", _H),
+        ("all_gather_into_tensor", _HALF),
+        ("all_reduce", _B),
+    ],
+    (False, "expert"): [("all_reduce", _B)],
+}
+
+
+def count_what_travels():
+    for layout, expected in zip(layouts(), TRAVELS.values(), strict=True):
+        seen = []
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"):
+                original = getattr(dist, name)
+
+                def counted(*args, name=name, original=original, seen=seen, **kwargs):
+                    given = args[0] if name == "all_reduce" else args[1]
+                    seen.append((name, given.numel()))
+                    return original(*args, **kwargs)
+
+                patch.setattr(dist, name, counted)
+            result_and_gradients(layout, 0.0, "pre", torch.float32)
+        assert seen == expected, (layout.is_column, seen)
 
 
 def tell_ranks_that_differ():

@@ -82,7 +82,8 @@ TENSOR_CHANGES = {
     "A of three dimensions": ("first__lora_A", torch.ones(2, 4, 1), "is not a matrix"),
     "B of another height": ("second__lora_B", torch.ones(5, 2), "second is 2×3"),
     "no B": ("second__lora_B", None, "only the A of second"),
-    "a magnitude": ("second__lora_magnitude_vector", torch.ones(2), "second is adapted by DoRA"),
+    "a magnitude": ("second__lora_magnitude_vector", torch.ones(2), "a magnitude for second"),
+    "a magnitude of nothing": ("x__lora_magnitude_vector", torch.ones(2), "not a name in an"),
     "a strange module": ("third__lora_A", torch.ones(2, 2), "only the A of third"),
     "a weight of another shape": (
         "second",

@@ -46,7 +46,6 @@ def directory(tmp_path):
 
 #: What a config may ask for that cannot be given, and nothing may drop in silence.
 NOT_HONOURED = {
-    "use_dora": True,
     "lora_bias": True,
     "use_qalora": True,
     "target_parameters": ["first.weight"],

@@ -4,7 +4,6 @@ import copy
 import io
 import math
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from hypothesis import given, settings
@@ -376,14 +375,6 @@ def test_one_linear_under_two_names_is_merged_once():
     adapted = model(x)
     assert len(merge(model).rows) == 1
     torch.testing.assert_close(model(x), adapted)
-
-
-def test_quantised_bases_are_refused():
-    model = nn.Sequential(bnb.nn.Linear4bit(64, 64, compute_dtype=torch.bfloat16))
-    model.load_state_dict(nn.Sequential(nn.Linear(64, 64)).state_dict())
-    model = trained(model.to("cpu"), lora_dtype=torch.bfloat16)
-    with pytest.raises(AdapterError, match=r"0 is quantised .*load the base in bfloat16"):
-        merge(model)
 
 
 def test_meta_and_wrapped_bases_are_refused():

@@ -57,7 +57,7 @@ def test_a_path_says_its_name_and_why():
         path = choose_path(tensor, *weights)
         assert path.name == "reference"
         assert why in path.reason
-    assert "frozen" in choose_path(x, trains_a_and_b=False).reason
+    assert "frozen" in choose_path(x, trains_b=False).reason
     assert torch.func.vmap(lambda x: x * (choose_path(x).name == "reference"))(x).abs().sum() > 0
 
 

@@ -11,8 +11,8 @@ import bridge.peft
 
 NAMES = {
     "AdapterError", "AdapterWrapper", "LinearAdapter", "LoRA", "LoRALinear", "TELinearAdapter",
-    "adapter_state_dict", "disable_adapters", "load_adapter", "merge", "patch_linear_module",
-    "save_adapter", "unmerge",
+    "adapter_state_dict", "disable_adapters", "load_adapter", "merge", "optimizer_groups",
+    "patch_linear_module", "save_adapter", "unmerge",
 }  # fmt: skip
 
 

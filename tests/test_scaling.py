@@ -123,6 +123,22 @@ def test_what_autograd_saves_is_what_the_plan_says(dtype, dropout, monkeypatch):
     assert saved["base"] == pytest.approx(memory["base_activations"], rel=0.01)
 
 
+@pytest.mark.parametrize(
+    "recipe", [{"use_dora": True}, {"freeze_a": True}, {"lora_A_init_method": "pissa"}], ids=str
+)
+def test_other_functions_keep_and_hold_what_the_plan_says(recipe):
+    recipe = LoRA(dim=4, seed=1, **recipe)
+    model = tiny()
+    plan = recipe.plan(model)
+    memory, saved = saved_by(model, recipe)
+    assert saved["branches"] == pytest.approx(memory["branch_activations"], rel=0.02)
+    assert memory["adapter"] == plan.adapter_file_bytes
+    assert memory["gradients"] == 4 * plan.trainable
+    if not recipe.freeze_a:
+        with pytest.raises(AdapterError, match="pass --tp 1"):
+            cost_of(tiny(), recipe, world=2, tp=2)
+
+
 def test_what_autograd_saves_in_other_models_is_what_the_plan_says_or_called_unknown():
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
     memory, saved = saved_by(models.qwen2(**sizes).train(), LoRA(dim=4))

@@ -12,6 +12,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
+    SequenceParallel,
     parallelize_module,
 )
 
@@ -240,6 +241,15 @@ def refusals():
         patch_linear_module(both_ways)
 
 
+def unfrozen():
+    """SequenceParallel makes frozen norms trainable, which the first forward tells."""
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
+    LoRA(dim=4)(model)
+    parallelize_module(model, mesh(), {"0": SequenceParallel(use_local_output=True)})
+    with pytest.warns(UserWarning, match=r"0\.weight, 0\.bias: frozen by the recipe, and train"):
+        model(torch.randn(3, 4, 8))
+
+
 def unseeded():
     torch.manual_seed(dist.get_rank())
     model = LoRA(dim=4)(parallelize_module(MLP(), mesh(), PLAN))
@@ -258,4 +268,4 @@ def test_sharded_layers_agree_with_whole_ones(tmp_path):
 
 
 def test_masks_agree_where_activations_do_and_ranks_that_would_not_are_refused(tmp_path):
-    on_ranks(2, functools.partial(run, masks, row_masks, unseeded, refusals), tmp_path)
+    on_ranks(2, functools.partial(run, masks, row_masks, unseeded, unfrozen, refusals), tmp_path)

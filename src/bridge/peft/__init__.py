@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from bridge.peft.merging.in_memory import merge, unmerge
     from bridge.peft.model.disable import disable_adapters
+    from bridge.peft.model.optimizer_groups import optimizer_groups
 
 _HOME = {
     "AdapterError": "errors",
@@ -35,6 +36,7 @@ _HOME = {
     "disable_adapters": "model.disable",
     "load_adapter": "formats.peft.model",
     "merge": "merging.in_memory",
+    "optimizer_groups": "model.optimizer_groups",
     "patch_linear_module": "lora_layers",
     "save_adapter": "formats.peft.model",
     "unmerge": "merging.in_memory",
@@ -51,6 +53,7 @@ __all__ = [
     "disable_adapters",
     "load_adapter",
     "merge",
+    "optimizer_groups",
     "patch_linear_module",
     "save_adapter",
     "unmerge",

@@ -56,3 +56,21 @@ def megatron_core(name: str) -> ModuleType:
         raise MissingExtraError(
             "megatron-core is not installed; pip install 'bridge-peft[megatron]'"
         ) from error
+
+
+def quantiser_library(name: str) -> Any:
+    """A module of bitsandbytes or torchao, imported when a weight of it is at hand.
+
+    Args:
+        name: Its full name.
+
+    Raises:
+        MissingExtraError: The package is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise MissingExtraError(
+            f"{package} is not installed; pip install 'bridge-peft[quant]'"
+        ) from error

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from bridge.peft.branch.functions.starts import is_start, is_subtracted
 from bridge.peft.branch.initializers import derive_seed
 from bridge.peft.branch.kinds.read_linear import READ
 from bridge.peft.branch.options import (
@@ -23,19 +24,20 @@ from bridge.peft.branch.options import (
     check_dim,
 )
 from bridge.peft.branch.patch import adapted_class
+from bridge.peft.branch.quantised.table import format_of
 from bridge.peft.dtypes import sound_dtype
 from bridge.peft.errors import AdapterError, TargetError
 from bridge.peft.model.adapt import Planned, PlannedTokens, adapt_in_place, check_can_be_adapted
 from bridge.peft.model.fused_parts import rows_of_parts
 from bridge.peft.model.participation import check_still_adapted
 from bridge.peft.model.pretrained import random_modules
+from bridge.peft.model.size import model_size
 from bridge.peft.model.trained_parameters import check_can_be_trained
 from bridge.peft.model.walk import adapted_modules, some_names, token_rows_of, unwrap
 from bridge.peft.model.weight_reads import read_weights
 from bridge.peft.ops.dispatch import ComputePath, choose_path
 from bridge.peft.parallel.fsdp import reshard
 from bridge.peft.parallel.layout import agreed_seed
-from bridge.peft.parallel.megatron import whole_numel
 from bridge.peft.plan import Plan, PlanRow, TokensRow, TrainedRow
 from bridge.peft.targets import (
     ALL_LINEAR,
@@ -66,12 +68,17 @@ class LoRA:
         alpha: Scaling numerator; `scale = alpha / dim`.
         dropout: Probability in [0, 1) that an element of the branch is dropped in training.
         dropout_position: `"pre"` (on the branch's input) or `"post"` (on its output).
-        lora_A_init_method: `"xavier"` or `"uniform"`.
+        lora_A_init_method: `"xavier"` or `"uniform"`, with B = 0; or a start of A and B together:
+            `"orthogonal"`, or out of the base's weight `"olora"`, `"pissa"`, `"pissa_niter_4"`.
         lora_dtype: Dtype of A and B; None takes float32 over half-precision and quantised bases,
             else the base weight's.
         rank_pattern: Ranks for some modules, by entry; the first that matches counts.
         alpha_pattern: Alphas for some modules, likewise.
         use_rslora: `scale = alpha / sqrt(dim)`.
+        use_dora: Train the magnitudes of the weight's rows too, and their direction by A and B
+            (Liu et al., 2024, arXiv:2402.09353).
+        freeze_a: Train B alone and leave A as it was drawn (LoRA-FA, Zhang et al., 2023,
+            arXiv:2308.03303); backward then needs no input of the adapted layers.
         modules_to_train: Entries of modules to train in full beside the branches, and to save
             with them: a new head, resized embeddings (PEFT's `modules_to_save`).
         trainable_tokens: Tokens whose rows in the embedding are trained, beside the branches: the
@@ -96,6 +103,8 @@ class LoRA:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
+    use_dora: bool = False
+    freeze_a: bool = False
     modules_to_train: Sequence[str] = ()
     trainable_tokens: Mapping[str, Sequence[int]] | Sequence[int] = ()
     parts: Mapping[str, Sequence[str | Sequence[int]]] = field(default_factory=dict)
@@ -122,8 +131,9 @@ class LoRA:
             _check_entry("a pattern", key)
         if self.seed is not None and (not isinstance(self.seed, int) or self.seed < 0):
             raise AdapterError(f"seed must be an integer >= 0 or None, got {self.seed!r}")
-        if not isinstance(self.use_rslora, bool):
-            raise AdapterError(f"use_rslora must be True or False, got {self.use_rslora!r}")
+        for name in ("use_rslora", "use_dora", "freeze_a"):
+            if not isinstance(flag := getattr(self, name), bool):
+                raise AdapterError(f"{name} must be True or False, got {flag!r}")
         self._options(self.dim, self.alpha, self.lora_dtype)
 
     def options_for(self, candidate: Candidate) -> BranchOptions:
@@ -147,6 +157,11 @@ class LoRA:
                 f"parts: {candidate.fqn} is a {type(candidate.module).__name__}, of which parts "
                 "cannot be adapted alone"
             )
+        if is_start(self.lora_A_init_method):
+            raise TargetError(
+                f"parts: with lora_A_init_method={self.lora_A_init_method!r} B starts out of the "
+                'whole weight; use "xavier" or "uniform"'
+            )
         rows = rows_of_parts(model, candidate.fqn, kind.features(candidate.module)[1], parts)
         return dataclasses.replace(options, rows=rows)
 
@@ -159,6 +174,8 @@ class LoRA:
             lora_A_init_method=self.lora_A_init_method,
             lora_dtype=lora_dtype,
             use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+            freeze_a=self.freeze_a,
         )
 
     def plan(self, model: nn.Module) -> Plan:
@@ -176,6 +193,7 @@ class LoRA:
         chosen, skipped, trained = self._match(root)
         tokens = self._match_tokens(root, chosen, trained)
         read = read_weights(root)
+        size = model_size(root)
         return Plan(
             rows=tuple(
                 self._row(candidate, options, read)
@@ -184,7 +202,9 @@ class LoRA:
             trained_in_full=tuple(_trained_row(candidate) for candidate in trained),
             token_rows=tuple(map(_tokens_row, tokens)),
             not_adapted=tuple(skipped),
-            base_parameters=_count_parameters(root),
+            base_parameters=size.parameters,
+            base_bytes=size.bytes,
+            quantised=size.quantised,
             notes=tuple(self._notes(root, chosen, trained, tokens)),
         )
 
@@ -326,14 +346,19 @@ class LoRA:
         if module in read:
             path = ComputePath("read", READ.replace("other code", type(read[module][0]).__name__))
         n_in, n_out = adapted.features(module)
+        form = format_of(module)
         return PlanRow(
             fqn=candidate.fqn,
             base_type=type(module).__name__,
+            quantised=None if form is None else form.label(module),
             in_features=n_in,
             out_features=n_out,
             dim=options.dim,
             alpha=options.alpha,
             scale=options.scale,
+            subtracts=is_subtracted(options.lora_A_init_method),
+            trains_a=not options.freeze_a,
+            magnitudes=n_out if options.use_dora else 0,
             dtype=options.resolve_dtype(weight.dtype),
             path=path.name,
             reason=path.reason,
@@ -427,20 +452,4 @@ def _first_match(pattern: Mapping[str, Any], candidate: Candidate, default: Any)
 
 
 def _weight(candidate: Candidate) -> Tensor:
-    return candidate.module.weight  # pyright: ignore[reportReturnType]
-
-
-def _count_parameters(model: nn.Module) -> int:
-    """Parameters of a model; a packed weight, or a part of one, counts as what it stands for."""
-    packed = {
-        id(m.weight): m.in_features * m.out_features
-        for m in model.modules()
-        if isinstance(m, nn.Linear) and not m.weight.is_floating_point()
-    }
-    whole = {
-        id(p): whole_numel(module, p)
-        for module in model.modules()
-        for p in module._parameters.values()
-        if p is not None
-    }
-    return sum(packed.get(id(p), whole[id(p)]) for p in model.parameters())
+    return adapted_class(type(candidate.module)).weight_of(candidate.module)

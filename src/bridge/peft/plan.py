@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bridge.peft.dtypes import dtype_name
+from bridge.peft.model.size import QuantisedPart
 from bridge.peft.targets import Skipped
 from bridge.peft.text_table import size, table
 
@@ -31,6 +32,10 @@ class PlanRow:
         dtype: Dtype of A and B.
         path: Which path computes the layer.
         reason: Why that path.
+        magnitudes: Rows whose magnitude DoRA trains; 0 without it.
+        subtracts: Whether a frozen start is subtracted from the branch (PiSSA, OLoRA).
+        trains_a: False where A stays as it was drawn (LoRA-FA).
+        quantised: How the base is quantised, and by what; None if it is not.
         trained_rows: Rows of B that are trained; fewer than out_features where parts of a fused
             projection are.
         looked_up: Whether A is looked up, as an embedding's is, and not multiplied with.
@@ -46,18 +51,37 @@ class PlanRow:
     dtype: torch.dtype
     path: str
     reason: str
+    magnitudes: int = 0
+    trains_a: bool = True
+    subtracts: bool = False
+    quantised: str | None = None
     trained_rows: int
     looked_up: bool = False
 
     @property
+    def parameters(self) -> int:
+        """Parameters of A and B together, of the start that is subtracted, and of DoRA's m."""
+        return self._products + self.magnitudes
+
+    @property
+    def _products(self) -> int:
+        return (1 + self.subtracts) * self.dim * (self.in_features + self.out_features)
+
+    @property
     def trainable(self) -> int:
-        """Parameters of A and B together."""
-        return self.dim * (self.in_features + self.out_features)
+        """Those that are trained: all but the start, and A where it is frozen."""
+        of_a = self.dim * self.in_features if self.trains_a else 0
+        return of_a + self.dim * self.out_features + self.magnitudes
 
     @property
     def flops_per_token(self) -> int:
-        """Multiplications and additions that the branch adds to one token's forward."""
-        return 2 * self.dim * ((0 if self.looked_up else self.in_features) + self.out_features)
+        """Multiplications and additions that the branch adds to one token's forward.
+
+        DoRA's rescaling counts as one for each element; its norms are not for each token. An
+        embedding's A is looked up, which is none.
+        """
+        multiplied = self.dim * self.out_features if self.looked_up else self._products
+        return 2 * multiplied + self.magnitudes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +137,10 @@ class Plan:
     Attributes:
         rows: One per module to adapt, in the model's order.
         not_adapted: Linears, and what looks like one, that stay as they are, with the reason.
-        base_parameters: Parameters of the model before.
+        base_parameters: Parameters of the model before; a quantised weight counts as the matrix
+            that it stands for.
+        base_bytes: What the model takes before, scales of quantised weights included.
+        quantised: The quantised linears, adapted or not, by how they are quantised.
         trained_in_full: Modules trained beside the branches.
         token_rows: Embeddings of which some rows are trained.
         notes: What the user should know before training.
@@ -122,18 +149,21 @@ class Plan:
     rows: tuple[PlanRow, ...]
     not_adapted: tuple[Skipped, ...]
     base_parameters: int
+    base_bytes: int = 0
+    quantised: tuple[QuantisedPart, ...] = ()
     trained_in_full: tuple[TrainedRow, ...] = ()
     token_rows: tuple[TokensRow, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
     def trainable(self) -> int:
-        """Trainable parameters: A and B, the token rows, and the modules trained in full."""
-        return self._adapter_parameters + sum(row.parameters for row in self.trained_in_full)
+        """Trainable parameters: of the branches, token rows, and the modules trained in full."""
+        beside = (*self.trained_in_full, *self.token_rows)
+        return sum(row.trainable for row in self.rows) + sum(row.parameters for row in beside)
 
     @property
     def _adapter_parameters(self) -> int:
-        return sum(r.trainable for r in self.rows) + sum(r.parameters for r in self.token_rows)
+        return sum(row.parameters for row in (*self.rows, *self.token_rows))
 
     @property
     def share(self) -> float:
@@ -143,7 +173,7 @@ class Plan:
     @property
     def adapter_file_bytes(self) -> int:
         """Size of the tensors in `adapter_model.safetensors`, in bytes; its header comes on top."""
-        return sum(row.trainable * row.dtype.itemsize for row in self.rows) + self._full_bytes
+        return sum(row.parameters * row.dtype.itemsize for row in self.rows) + self._full_bytes
 
     @property
     def _full_bytes(self) -> int:
@@ -152,7 +182,8 @@ class Plan:
     @property
     def optimizer_bytes(self) -> int:
         """AdamW's two moments, in bytes, in the dtype of A and B."""
-        return 2 * self.adapter_file_bytes
+        trained = sum(row.trainable * row.dtype.itemsize for row in self.rows)
+        return 2 * (trained + self._full_bytes)
 
     @property
     def flops_per_token(self) -> int:
@@ -171,6 +202,7 @@ class Plan:
             "modules": len(self.rows),
             "trainable": self.trainable,
             "base_parameters": self.base_parameters,
+            "base_bytes": self.base_bytes,
             "share": self.share,
             "adapter_file_bytes": self.adapter_file_bytes,
             "optimizer_bytes": self.optimizer_bytes,
@@ -179,6 +211,7 @@ class Plan:
         skipped = [dataclasses.asdict(item) for item in self.not_adapted]
         return {
             "rows": rows,
+            "quantised": [dataclasses.asdict(part) for part in self.quantised],
             "trained_in_full": [dataclasses.asdict(row) for row in self.trained_in_full],
             "token_rows": [
                 dataclasses.asdict(row) | {"dtype": dtype_name(row.dtype)}
@@ -191,6 +224,14 @@ class Plan:
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
+
+    def _base_lines(self) -> Iterator[str]:
+        yield f"base {size(self.base_bytes)}"
+        for part in self.quantised:
+            yield (
+                f"of it {size(part.bytes)} in {part.modules} linears of {part.label}, "
+                f"{8 * part.bytes / part.parameters:.2f} bits a weight"
+            )
 
     def _lines(self) -> Iterator[str]:
         yield from table(
@@ -206,6 +247,7 @@ class Plan:
             f"adapter {size(self.adapter_file_bytes)}, AdamW state "
             f"{size(self.optimizer_bytes)}, +{self.flops_per_token:,} FLOPs per token (forward)"
         )
+        yield from self._base_lines()
         for row in self.trained_in_full:
             yield f"trained in full: {row.fqn} ({row.base_type}, {row.parameters:,} parameters)"
         for row in self.token_rows:
@@ -220,6 +262,10 @@ class Plan:
                 (_starred(item.fqn), item.base_type, item.reason) for item in self.not_adapted
             ).items():
                 yield f"  {name}{_times(count)} ({kind}): {reason}"
+
+
+def _kind(row: PlanRow) -> str:
+    return row.base_type if row.quantised is None else f"{row.base_type}, {row.quantised}"
 
 
 def _starred(fqn: str) -> str:
@@ -237,7 +283,7 @@ def _grouped(rows: tuple[PlanRow, ...]) -> Iterator[tuple[str, ...]]:
         shape = f"{row.out_features}×{row.in_features}"
         if row.trained_rows < row.out_features:
             shape = f"{row.trained_rows} of {shape}"
-        key = (_starred(row.fqn), row.base_type, shape, row.dim, f"{row.scale:g}", row.path)
+        key = (_starred(row.fqn), _kind(row), shape, row.dim, f"{row.scale:g}", row.path)
         groups.setdefault(key, []).append(row)
     for (name, base_type, shape, dim, scale, path), members in groups.items():
         name = members[0].fqn if len(members) == 1 else f"{name}{_times(len(members))}"

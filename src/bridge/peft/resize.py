@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bridge.peft.branch.functions.starts import is_start
 from bridge.peft.branch.initializers import derive_seed, initialize
 from bridge.peft.branch.options import check_dim
 from bridge.peft.errors import AdapterError
@@ -91,19 +93,26 @@ def resize(adapter: AdapterFile, dim: int, *, seed: int = 0) -> tuple[AdapterFil
         The new adapter and a report with a row per module.
 
     Raises:
-        AdapterError: `dim` is not an integer of at least 1, or more than a file may ask for.
+        AdapterError: `dim` is not an integer of at least 1, more than a file may ask for, or
+            lower than the rank of a DoRA adapter.
 
     Example:
         >>> smaller, report = resize(read_adapter("adapter"), 8)
         >>> write_adapter(smaller, "adapter-8")
     """
     check_dim(dim, "rank")
+    if adapter.magnitudes and dim < max(adapter.rank(fqn) for fqn in adapter.tensors):
+        raise AdapterError(
+            f"a DoRA adapter cannot get the lower rank {dim}: its magnitudes belong to the norms "
+            "of the whole update; train it at that rank, or pass a higher one"
+        )
     if dim > MAX_RANK:
         raise AdapterError(f"rank is {dim}, and {MAX_RANK} is the largest that an adapter file has")
+    extra = _without_starts(adapter.extra)
     tensors: dict[str, tuple[Tensor, Tensor]] = {}
     rows: list[ResizeRow] = []
     for fqn, (a, b) in adapter.tensors.items():
-        method = branch_settings(adapter.extra, fqn, 0.0)["lora_A_init_method"]
+        method = branch_settings(extra, fqn, 0.0)["lora_A_init_method"]
         if (kernel := adapter.kernels.get(fqn)) is not None and kernel.groups > 1:
             raise AdapterError(
                 f"{fqn} is a convolution of {kernel.groups} groups, whose B has blocks of one "
@@ -119,8 +128,19 @@ def resize(adapter: AdapterFile, dim: int, *, seed: int = 0) -> tuple[AdapterFil
     alpha, alpha_pattern = most_common_and_exceptions(alphas)
     alphas_now = {"lora_alpha": alpha, "alpha_pattern": alpha_pattern}
     config = adapter.config | {"r": dim, "rank_pattern": {}} | alphas_now
-    resized = dataclasses.replace(adapter, config=config, tensors=tensors)
+    resized = dataclasses.replace(adapter, config=config, tensors=tensors, extra=extra)
     return resized, ResizeReport(tuple(rows))
+
+
+def _without_starts(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """What is true of a resized adapter: it no longer holds a start to subtract."""
+    exceptions = {f: _without_start(b) for f, b in extra.get("exceptions", {}).items()}
+    return _without_start(extra) | ({"exceptions": exceptions} if exceptions else {})
+
+
+def _without_start(branch: Mapping[str, Any]) -> dict[str, Any]:
+    method = branch.get("lora_A_init_method", "")
+    return {**branch} | ({"lora_A_init_method": "uniform"} if is_start(method) else {})
 
 
 def _resized(

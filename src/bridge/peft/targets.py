@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from bridge.peft._optional import TELinear
+from bridge.peft.branch.kinds.packed import PackedLinearAdapter
+from bridge.peft.branch.quantised.table import format_of
 from bridge.peft.branch.registry import kind_of, unsupported_reason
 from bridge.peft.errors import TargetError
 from bridge.peft.model.walk import clean_fqn, output_head
@@ -99,7 +101,9 @@ def output_heads(model: nn.Module) -> set[int]:
         heads.add(id(head))
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     heads.update(
-        id(m) for m in model.modules() if isinstance(m, nn.Linear) and id(m.weight) in embedded
+        id(m)
+        for m in model.modules()
+        if isinstance(m, nn.Linear) and id(getattr(m, "weight", m)) in embedded
     )
     return heads
 
@@ -147,7 +151,7 @@ def tied_linears(model: nn.Module) -> set[nn.Module]:
     holders: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            holders.setdefault(id(module.weight), []).append(module)
+            holders.setdefault(id(getattr(module, "weight", module)), []).append(module)
     return {module for modules in holders.values() if len(modules) > 1 for module in modules}
 
 
@@ -234,7 +238,7 @@ def match_targets(
 def _first_reason(everything: list[Candidate], reasons: dict[int, str | None]) -> str:
     """Why the first linear cannot be; empty where there is none."""
     for candidate in everything:
-        if isinstance(candidate.module, nn.Linear):
+        if isinstance(candidate.module, nn.Linear) or format_of(candidate.module) is not None:
             name = candidate.fqn or "the model itself"
             return f"; the first is {name}: {reasons[id(candidate.module)]}"
     return ""
@@ -315,7 +319,9 @@ def _nearest(name: str, names: set[str]) -> list[str]:
 
 def _why_not(module: nn.Module, reason: str | None) -> str | None:
     """Why a module that looks like a linear is not adapted; None if it does not look like one."""
-    if isinstance(module, nn.Linear | TELinear) or kind_of(type(module)) is not None:
+    if isinstance(module, nn.Linear | TELinear) or format_of(module) is not None:
+        return reason
+    if kind_of(type(module)) not in (None, PackedLinearAdapter):
         return reason
     if isinstance(module, nn.Embedding | nn.EmbeddingBag | _ConvNd) or is_embedding(type(module)):
         return None

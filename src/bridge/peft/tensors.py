@@ -53,6 +53,14 @@ def sharded_like(full: Tensor, like: Tensor) -> Tensor:
     )
 
 
+def write_count(tensor: Tensor) -> int:
+    """How often a tensor was written to; 0 where that is not counted.
+
+    Writes through `.data`, and FSDP's into a gathered parameter, are not.
+    """
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def all_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds no NaN and no inf; forty times as fast as to look at each value."""
     # a sum with NaN or inf in it is never finite; one that overflows needs the closer look

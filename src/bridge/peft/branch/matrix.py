@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 #: Parts of a matrix, each as (first row, end, first column, end).
 Blocks = tuple[tuple[int, int, int, int], ...]
+#: The `init_method` of a matrix whose values come from elsewhere: a weight, a file.
+GIVEN = "given"
 
 
 class LoRAMatrix(nn.Module):
@@ -33,7 +35,7 @@ class LoRAMatrix(nn.Module):
 
     Attributes:
         weight: (out_features, in_features), trainable.
-        init_method: `"xavier"`, `"uniform"`, `"normal"` or `"zeros"`.
+        init_method: `"xavier"`, `"uniform"`, `"normal"`, `"zeros"`, or `GIVEN`.
         seed: Seed of the draw; None uses torch's default CPU generator.
         blocks: What of the weight is not zero, as (first row, end, first column, end); None for
             all of it.
@@ -88,7 +90,11 @@ class LoRAMatrix(nn.Module):
         return self.weight if self.mask is None else self.weight * self.mask
 
     def reset_parameters(self) -> None:
-        """Draw the initial values again (zero for B), in place."""
+        """Draw the initial values again (zero for B), in place; NaN where they were not drawn."""
+        if self.init_method == GIVEN:
+            with torch.no_grad():
+                self.weight.fill_(torch.nan)
+            return
         initialize(self.weight, self.init_method, self.seed)
 
     def place(self, mesh: DeviceMesh, placement: Placement, *, alike: bool) -> None:

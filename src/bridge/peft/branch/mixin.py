@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -9,24 +10,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from bridge.peft.branch.matrix import Blocks, LoRAMatrix
+from bridge.peft.branch.functions.carried import CarriesFunctions, carry
+from bridge.peft.branch.functions.starts import is_start, is_subtracted, split
+from bridge.peft.branch.matrix import GIVEN, Blocks, LoRAMatrix
 from bridge.peft.branch.options import BranchOptions, DropoutPosition, InitMethod
+from bridge.peft.branch.quantised.format import input_dtypes
+from bridge.peft.branch.quantised.table import format_of
 from bridge.peft.branch.untouched import check_untouched, foreign_patch
-from bridge.peft.dtypes import TRAINABLE_DTYPES
-from bridge.peft.errors import UnsupportedLinearError
+from bridge.peft.errors import AdapterError, UnsupportedLinearError
 from bridge.peft.ops.dispatch import ComputePath, choose_path, lora_add
 from bridge.peft.ops.reference import add_in_base_dtype
 from bridge.peft.parallel.fsdp import is_data_parallel
 from bridge.peft.parallel.shard import Shard
 from bridge.peft.parallel.tensor import add_sharded_branch
-from bridge.peft.tensors import is_plain, is_sharded
+from bridge.peft.tensors import full_tensor, is_plain, is_sharded
 
-#: What a branch starts from: a seed for A, the values of A and B, or torch's default generator.
-Start = int | tuple[Tensor, Tensor] | None
-_LORA_KEYS = ("lora_a.weight", "lora_b.weight")
+#: What a branch starts from: a seed for A, the values of A and B (and of DoRA's magnitude), or
+#: torch's default generator.
+Start = int | tuple[Tensor, ...] | None
+_LORA_KEYS = (
+    *("lora_a.weight", "lora_b.weight", "lora_magnitude.weight"),
+    *("lora_start.a", "lora_start.b"),
+)
 
 
-class LoRAMixin(nn.Module):
+class LoRAMixin(CarriesFunctions):
     """The branch over whatever linear is next in the method resolution order.
 
     A kind of base is a subclass in `branch/kinds/`: it says which classes it takes
@@ -44,7 +52,8 @@ class LoRAMixin(nn.Module):
         lora_b: B, `weight` of shape (out_features, dim).
         adapter_enabled: False while the branch is switched off; see `disable_adapters`.
         merged: True while the branch is folded into the base weight; see `merge`.
-        unmerged_weight: The base weight from before the merge, on the CPU, if it was kept.
+        unmerged_weight: The base weight from before the merge, on the CPU, if it was kept; of a
+            quantised layer all of its base (`branch.dense.SetAside`).
         on_call: Told of the next call of the layer, if anybody waits for it.
         bypassed: True if the model was run, and the layer's part of it, but never the layer.
     """
@@ -59,7 +68,7 @@ class LoRAMixin(nn.Module):
     lora_b: LoRAMatrix
     adapter_enabled: bool
     merged: bool
-    unmerged_weight: Tensor | None
+    unmerged_weight: Any
     on_call: Callable[[LoRAMixin], None] | None = None
     bypassed: bool = False
 
@@ -77,6 +86,8 @@ class LoRAMixin(nn.Module):
     peft_keys: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
     #: True if the kind stands in its base's place and holds it, instead of patching it in place.
     wraps: ClassVar[bool] = False
+    #: Whether a branch on this kind can be DoRA's, or start from the weight.
+    takes_functions: ClassVar[bool] = False
     #: The name of the base's input, by which it may be passed too.
     input_name: ClassVar[str] = "input"
 
@@ -94,14 +105,14 @@ class LoRAMixin(nn.Module):
         """
         if taken := [name for name in BRANCH_ATTRIBUTES if hasattr(module, name)]:
             return f"its own attribute {taken[0]!r} would be overwritten by the adapter's"
-        weight: Tensor = module.weight  # pyright: ignore[reportAssignmentType]
+        weight = cls.weight_of(module)
         if isinstance(weight, UninitializedParameter):
             return "its shape is not known yet; run one forward of the model first"
         if is_sharded(weight) and (reason := cls.sharded_refusal(module)):
             return reason
         if weight.device.type == "meta" and "_hf_hook" in vars(module):
             return "its weight is offloaded; load the model without disk or CPU offload"
-        return foreign_patch(module)
+        return foreign_patch(module) or _layout_reason(cls, type(module))
 
     @classmethod
     def sharded_refusal(cls, module: nn.Module) -> str | None:
@@ -133,7 +144,9 @@ class LoRAMixin(nn.Module):
 
     @classmethod
     def init_methods(cls, options: BranchOptions) -> tuple[str, str]:
-        """How A and B start; one of the two is zero."""
+        """How A and B start; one of the two is zero, unless both come out of the weight."""
+        if is_start(options.lora_A_init_method):
+            return GIVEN, GIVEN
         return options.lora_A_init_method, "zeros"
 
     @classmethod
@@ -147,6 +160,11 @@ class LoRAMixin(nn.Module):
     def features(cls, module: nn.Module) -> tuple[int, int]:
         """`(in_features, out_features)` of a module that this kind takes."""
         return module.in_features, module.out_features  # pyright: ignore[reportReturnType]
+
+    @classmethod
+    def weight_of(cls, module: nn.Module) -> Tensor:
+        """The tensor of a module that says where A and B lie and in which dtype: its weight."""
+        return module.weight  # pyright: ignore[reportReturnType]
 
     @classmethod
     def wrap(
@@ -222,9 +240,10 @@ class LoRAMixin(nn.Module):
     def _add_branch(self, base_out: Tensor, x: Tensor) -> Tensor:
         if self.has_hooks_on_a_or_b():
             return self._add_branch_by_calls(base_out, x)
-        a, b = self.lora_a.weight, self.lora_b.values
+        a, b = self.factors()
         add = add_sharded_branch if is_sharded(a) else lora_add
-        return add(base_out, x, a, b, self.scale, self.dropout_now(), self.dropout_position)  # pyright: ignore
+        drop = self.dropout_now(), self.dropout_position
+        return self.finished(add(base_out, x, a, b, self.scale, *drop), a, b)  # pyright: ignore
 
     def has_hooks_on_a_or_b(self) -> bool:
         """Whether something waits for calls of A or B: offloading, parameters gathered late."""
@@ -234,8 +253,10 @@ class LoRAMixin(nn.Module):
         """The plain formula by calls of A and B, so that hooks on them can bring their weights."""
         dtype, pre = self.branch_dtype, self.dropout_position == "pre"
         x = x.to(dtype)
-        branch = self.lora_b(self.lora_a(self.dropout(x) if pre else x) * self.scale)
-        return add_in_base_dtype(base_out, branch if pre else self.dropout(branch))
+        x = self.dropout(x) if pre else x
+        branch = self.less_start(self.lora_b(self.lora_a(x) * self.scale), x)
+        out = add_in_base_dtype(base_out, branch if pre else self.dropout(branch))
+        return out if self.magnitude is None else self.finished(out, *self.called_a_and_b())
 
     @property
     def branch_dtype(self) -> torch.dtype:
@@ -248,13 +269,13 @@ class LoRAMixin(nn.Module):
 
     def lora_path(self) -> ComputePath:
         """Say which path computes this layer, and why."""
-        trains = self.lora_a.weight.requires_grad and self.lora_b.weight.requires_grad
+        trains = self.lora_b.weight.requires_grad
         tensors = (self.base_weight, self.lora_a.weight, self.lora_b.weight)
         # what is sharded is computed on this rank's plain tensors
         weight, a, b = (t.to_local() if is_sharded(t) else t for t in tensors)  # pyright: ignore
         plain = self.plain_forward and is_plain(weight)
         known = (weight, a, b) if plain else (a, b)
-        return choose_path(*known, plain_linear=plain, trains_a_and_b=trains)
+        return choose_path(*known, plain_linear=plain, trains_b=trains)
 
     def has_plain_base(self) -> bool:
         """Whether the base computes `F.linear` on plain tensors, not on a tensor subclass."""
@@ -263,7 +284,7 @@ class LoRAMixin(nn.Module):
     def sample_input(self, rows: int) -> Tensor:
         """A random input of a few rows, in the dtype that the base takes; A's if W is packed."""
         weight = self.base_weight
-        dtype = weight.dtype if weight.dtype in TRAINABLE_DTYPES else self.branch_dtype
+        dtype = input_dtypes(self)[0] if format_of(self) is not None else weight.dtype
         return torch.randn(rows, self.input_width).to(weight.device, dtype)
 
     def is_zero(self) -> bool:
@@ -294,16 +315,19 @@ class LoRAMixin(nn.Module):
         own = self._parameters.get("weight")
         return self.weight if own is None else own  # pyright: ignore[reportReturnType]
 
-    def weight_was_written(self) -> None:
-        """Called after the base's weight was written in place: forget what was made from it."""
-
     def whole_parameters(self) -> dict[str, Tensor]:
-        """A and B, whole and detached, under their names below this module; may be a collective."""
-        return {"lora_a.weight": self.lora_a.whole(), "lora_b.weight": self.lora_b.whole()}
+        """As `adapter_parameters`, whole and detached; may be a collective."""
+        own = {"lora_a.weight": self.lora_a.whole(), "lora_b.weight": self.lora_b.whole()}
+        others = self.adapter_parameters()
+        return own | {name: full_tensor(p) for name, p in others.items() if name not in own}
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """A and B under their names below this module."""
-        return {"lora_a.weight": self.lora_a.weight, "lora_b.weight": self.lora_b.weight}
+        """A, B, what is subtracted, and DoRA's magnitude, under their names below this module."""
+        own = {"lora_a.weight": self.lora_a.weight, "lora_b.weight": self.lora_b.weight}
+        if (start := self.start) is not None:
+            own |= {"lora_start.a": start.a, "lora_start.b": start.b}
+        magnitude = self.magnitude
+        return own if magnitude is None else own | {"lora_magnitude.weight": magnitude.weight}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As `nn.Module.state_dict`; while merged without A and B, which the weight then holds."""
@@ -324,17 +348,21 @@ class LoRAMixin(nn.Module):
                 "doubled by unmerge; call unmerge(model) first"
             )
             return
+        follows = self.magnitude_is_the_base_s() and f"{prefix}weight" in state_dict
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._follow_base_off_meta()
+        self.weight_was_written()
+        if follows:
+            self.follow_base()
 
     def _follow_base_off_meta(self) -> None:
         """Materialise A and B when loading with `assign=True` has materialised the base."""
         weight = getattr(self, "weight", None)
         if weight is None or weight.device.type == "meta":
             return
-        for matrix in (self.lora_a, self.lora_b):
-            if matrix.weight.device.type == "meta":
-                matrix.to_empty(device=weight.device)
+        for part in (self.lora_a, self.lora_b, self.start, self.magnitude):
+            if part is not None and next(part.parameters()).device.type == "meta":
+                part.to_empty(device=weight.device)
 
     def extra_repr(self) -> str:
         """What `print(module)` shows."""
@@ -347,23 +375,30 @@ class LoRAMixin(nn.Module):
 
         Its class stays; `branch.patch` changes that.
         """
-        weight: Tensor = module.weight  # pyright: ignore[reportAssignmentType]
+        weight = cls.weight_of(module)
         placed: dict[str, Any] = {
             "device": weight.device,
             "dtype": options.resolve_dtype(weight.dtype),
         }
-        seed, (a, b) = (None, start) if isinstance(start, tuple) else (start, (None, None))
+        seed, values = (None, start) if isinstance(start, tuple) else (start, (None, None))
+        a, b, *magnitude = values
+        start = None
+        if a is not None and b is not None and is_subtracted(options.lora_A_init_method):
+            (a, b), start = split(a, b)
         n_in, n_out = cls.features(module)
         a_method, b_method = cls.init_methods(options)
         lora_a = LoRAMatrix(n_in, options.dim, a_method, seed=seed, values=a, **placed)
-        placed["blocks"] = cls.blocks_of_b(module, options)
-        lora_b = LoRAMatrix(options.dim, n_out, b_method, seed=seed, values=b, **placed)
+        blocks = cls.blocks_of_b(module, options)
+        placed_b: dict[str, Any] = {"seed": seed, "values": b, "blocks": blocks, **placed}
+        lora_b = LoRAMatrix(options.dim, n_out, b_method, **placed_b)
         module.requires_grad_(False)
         for name, value in branch_settings(options).items():
             setattr(module, name, value)
         module.dropout, module.lora_a, module.lora_b = nn.Dropout(options.dropout), lora_a, lora_b
         for child in (module.dropout, lora_a, lora_b):
             child.train(module.training)
+        lora_a.requires_grad_(not options.freeze_a)
+        carry(module, start, n_out if options.use_dora else 0, *magnitude, **placed)
 
     @staticmethod
     def _init_adapter(
@@ -384,7 +419,30 @@ class LoRAMixin(nn.Module):
             lora_A_init_method=lora_A_init_method,
             lora_dtype=lora_dtype,
         )
+        if is_start(lora_A_init_method) and not isinstance(obj, LoRAMixin):
+            raise AdapterError(
+                f"lora_A_init_method={lora_A_init_method!r} is taken out of the base's weight; "
+                "patch_linear_module does that"
+            )
         LoRAMixin.attach_branch(obj, options)
+        if isinstance(obj, LoRAMixin) and is_start(lora_A_init_method):
+            obj.set_start(None)
+
+
+@functools.cache
+def _layout_reason(kind: type[nn.Module], base_type: type[nn.Module]) -> str | None:
+    """Why objects of a class cannot become an adapter's; None if they can."""
+    try:
+        blank = object.__new__(base_type)
+        blank.__class__ = type("Adapter", (kind, base_type), {})  # pyright: ignore
+    except TypeError:
+        if issubclass(kind, base_type):
+            return None
+        return (
+            "its class has a layout in memory of its own (a base class that is no nn.Module); wrap "
+            "it in LoRALinear"
+        )
+    return None
 
 
 def _has_hooks(matrix: LoRAMatrix) -> bool:
@@ -406,4 +464,7 @@ def branch_settings(options: BranchOptions) -> dict[str, Any]:
 
 
 #: What a branch adds to a module, which must be free before.
-BRANCH_ATTRIBUTES = (*branch_settings(BranchOptions()), "dropout", "lora_a", "lora_b")
+BRANCH_ATTRIBUTES = (
+    *branch_settings(BranchOptions()),
+    *("dropout", "lora_a", "lora_b", "lora_start", "lora_magnitude"),
+)

@@ -8,12 +8,15 @@ from typing import Literal
 
 import torch
 
+from bridge.peft.branch.functions.starts import START_METHODS, is_start
 from bridge.peft.branch.initializers import A_INITIALIZERS
 from bridge.peft.dtypes import TRAINABLE_DTYPES, dtype_name
 from bridge.peft.errors import AdapterError
 
 DropoutPosition = Literal["pre", "post"]
-InitMethod = Literal["xavier", "uniform"]
+InitMethod = Literal[
+    "xavier", "uniform", "orthogonal", "olora", "pissa", "pissa_niter_4", "pissa_niter_16"
+]
 
 
 def check_dim(dim: object, name: str = "dim") -> None:
@@ -59,9 +62,14 @@ class BranchOptions:
         dropout_position: `"pre"` drops elements of the branch's input x, `"post"` elements of the
             scaled branch output.
         lora_A_init_method: `"xavier"` (`xavier_uniform_`) or `"uniform"`
-            (`kaiming_uniform_(a=sqrt(5))`).
+            (`kaiming_uniform_(a=sqrt(5))`), with B = 0; or a start of A and B together, see
+            `branch.functions.starts`: `"orthogonal"`, `"olora"`, `"pissa"`, `"pissa_niter_N"`.
         lora_dtype: Dtype of A and B; None takes that of the base weight.
         use_rslora: Rank-stabilised scaling (Kalajdzievski, 2023, arXiv:2312.03732).
+        use_dora: `m / |W + scale · B A|` before the sum, by rows, with a trained m (Liu et al.,
+            2024, arXiv:2402.09353).
+        freeze_a: A stays as it was drawn, and only B trains (LoRA-FA, Zhang et al., 2023,
+            arXiv:2308.03303): of the input nothing is kept for backward.
         rows: Which rows of B are trained, as (first, end) in ascending order; the others stay
             zero. None for all: parts of a fused projection are chosen so.
 
@@ -76,6 +84,8 @@ class BranchOptions:
     lora_A_init_method: InitMethod = "xavier"
     lora_dtype: torch.dtype | None = None
     use_rslora: bool = False
+    use_dora: bool = False
+    freeze_a: bool = False
     rows: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
@@ -84,9 +94,13 @@ class BranchOptions:
         p = self.dropout
         if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p < 1:
             raise AdapterError(f"dropout must be in [0, 1), got {p!r}; 0.0 turns it off")
-        choices = {"dropout_position": ("pre", "post"), "lora_A_init_method": (*A_INITIALIZERS,)}
+        starts = (*A_INITIALIZERS, *START_METHODS)
+        choices = {"dropout_position": ("pre", "post"), "lora_A_init_method": starts}
         for name, known in choices.items():
-            if (value := getattr(self, name)) not in known:
+            value = getattr(self, name)
+            if value not in known and not (
+                known is starts and isinstance(value, str) and is_start(value)
+            ):
                 listed = ", ".join(map(repr, known))
                 raise AdapterError(f"{name} must be one of {listed}, got {value!r}")
         if self.lora_dtype is not None and self.lora_dtype not in TRAINABLE_DTYPES:

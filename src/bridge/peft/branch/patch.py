@@ -8,12 +8,16 @@ from typing import Any
 
 from torch import nn
 
+from bridge.peft.branch.functions.starts import check_has_values, is_start
 from bridge.peft.branch.kinds.read_linear import ReadLinearAdapter
 from bridge.peft.branch.mixin import BRANCH_ATTRIBUTES, LoRAMixin, Start
 from bridge.peft.branch.options import BranchOptions
 from bridge.peft.branch.registry import check_adaptable, kind_of
-from bridge.peft.errors import UnsupportedLinearError
+from bridge.peft.branch.sharding import NOT_SHARDED
+from bridge.peft.errors import AdapterError, UnsupportedLinearError
+from bridge.peft.parallel.fsdp import is_data_parallel
 from bridge.peft.parallel.transformers_styles import renew_forward
+from bridge.peft.tensors import is_sharded
 
 
 def add_branch(
@@ -32,6 +36,7 @@ def add_branch(
     if kind is None or not kind.wraps:
         return patch_in_place(module, options, start, is_read=is_read)
     check_adaptable(module)
+    _check_takes(kind, module, options)
     return kind.wrap(module, options, start, name)
 
 
@@ -61,11 +66,49 @@ def patch_in_place(
         )
     plainly_read = is_read and type(module) is nn.Linear
     adapted = ReadLinearAdapter if plainly_read else adapted_class(type(module))
+    wanted_grad = [p for p in module._parameters.values() if p is not None and p.requires_grad]
+    _check_takes(adapted, module, options)
+    if options.use_dora and is_sharded(adapted.weight_of(module)) and not is_data_parallel(module):
+        raise UnsupportedLinearError(f"cannot adapt {type(module).__name__}: {NOT_SHARDED}")
+    method = options.lora_A_init_method
+    starts_from_weight = is_start(method) and not isinstance(start, tuple)
+    if starts_from_weight:
+        check_has_values(adapted.weight_of(module), method)
     adapted.attach_branch(module, options, start)
     module.__class__ = adapted  # pyright: ignore[reportAttributeAccessIssue]
     assert isinstance(module, LoRAMixin)
-    renew_forward_of(module)
+    if options.use_dora and not module.is_linear():
+        take_branch_off(module)
+        for parameter in wanted_grad:
+            parameter.requires_grad_(True)
+        raise UnsupportedLinearError(
+            f"cannot adapt {type(module).__name__} with DoRA: its forward is not W x + b; leave it "
+            "out with exclude_modules, or adapt without use_dora"
+        )
+    if starts_from_weight:
+        assert not isinstance(start, tuple)
+        try:
+            module.set_start(start)
+        except AdapterError:
+            take_branch_off(module)
+            for parameter in wanted_grad:
+                parameter.requires_grad_(True)
+            raise
+    if module.magnitude is not None and not module.magnitude.is_set:
+        module.reset_magnitude()
+    show_forward(module)
     return module
+
+
+def _check_takes(kind: type[LoRAMixin], module: nn.Module, options: BranchOptions) -> None:
+    """Raise unless a kind can do what the options ask for beside W x + s · B A x."""
+    method = options.lora_A_init_method
+    asked = "use_dora" if options.use_dora else f"lora_A_init_method={method!r}"
+    if not kind.takes_functions and (options.use_dora or is_start(method)):
+        raise UnsupportedLinearError(
+            f"cannot adapt {type(module).__name__} with {asked}, which is for linears; leave it "
+            "out with exclude_modules"
+        )
 
 
 def take_branch_off(layer: LoRAMixin) -> nn.Module:
@@ -83,11 +126,11 @@ def take_branch_off(layer: LoRAMixin) -> nn.Module:
         layer._modules.pop(name, None)
         vars(layer).pop(name, None)
     layer.__class__ = layer.base_type  # pyright: ignore[reportAttributeAccessIssue]
-    renew_forward_of(layer)
+    show_forward(layer)
     return layer
 
 
-def renew_forward_of(module: nn.Module) -> None:
+def show_forward(module: nn.Module) -> None:
     """Show whoever keeps the bound forward of a module that of its class as it is now.
 
     Args:
@@ -116,7 +159,7 @@ def adapted_class(base_type: type[nn.Module]) -> type[LoRAMixin]:
     }
     if not plain:
         namespace["forward"] = LoRAMixin.forward
-    if isinstance(vars(base_type).get("weight"), property):
+    if isinstance(vars(base_type).get("weight"), property) and "forward" not in vars(base_type):
         # torch.nn.utils.parametrize deletes its properties from the very class of the module
         namespace |= {n: v for n, v in vars(base_type).items() if isinstance(v, property)}
         return type(f"{base_type.__name__}Adapter", (kind, *base_type.__bases__), namespace)

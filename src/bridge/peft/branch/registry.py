@@ -6,7 +6,7 @@ from torch import nn
 
 from bridge.peft.branch.kinds import KINDS
 from bridge.peft.branch.mixin import LoRAMixin
-from bridge.peft.branch.untouched import check_untouched
+from bridge.peft.branch.untouched import NOT_A_LINEAR, check_untouched
 from bridge.peft.errors import UnsupportedLinearError
 
 
@@ -33,8 +33,5 @@ def unsupported_reason(module: nn.Module) -> str | None:
     """Say why a module that is not adapted yet cannot be, or None if it can."""
     kind = kind_of(type(module))
     if kind is None:
-        return (
-            "it is neither a torch.nn.Linear nor a transformer_engine.pytorch.Linear, and no "
-            "embedding or convolution"
-        )
+        return NOT_A_LINEAR
     return kind.refusal(module)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bridge.peft.branch.kinds.embedding import lookup_of
 from bridge.peft.branch.kinds.read_linear import is_being_read
-from bridge.peft.branch.patch import renew_forward_of
+from bridge.peft.branch.patch import show_forward
 from bridge.peft.branch.untouched import check_untouched
 from bridge.peft.dtypes import TRAINABLE_DTYPES
 from bridge.peft.errors import UnsupportedLinearError
@@ -222,7 +222,7 @@ def give_token_rows(
         state["followed_rows"] = None if module is embedding else (rows,)
         vars(module).update(state)
         module.__class__ = _class_with_rows(type(module))  # pyright: ignore
-        renew_forward_of(module)
+        show_forward(module)
     embedding.token_rows = rows
     assert isinstance(embedding, WithTokenRows)
     return embedding
@@ -238,7 +238,7 @@ def take_token_rows_off(module: WithTokenRows) -> None:
         module._modules.pop(name, None)
         vars(module).pop(name, None)
     module.__class__ = module.base_type  # pyright: ignore[reportAttributeAccessIssue]
-    renew_forward_of(module)
+    show_forward(module)
 
 
 @functools.cache

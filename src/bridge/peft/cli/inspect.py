@@ -50,7 +50,7 @@ def describe(adapter: AdapterFile) -> dict[str, Any]:
             "alpha": adapter.alpha(fqn),
             "scale": adapter.scale(fqn),
             "dtype": dtype_name(a.dtype),
-            "parameters": a.numel() + b.numel(),
+            "parameters": a.numel() + b.numel() + (b.shape[0] if adapter.magnitudes else 0),
             "update_norm": (size := abs(adapter.scale(fqn)) * norm(a, b)),
             "dead": size == 0.0,
         }
@@ -65,6 +65,7 @@ def describe(adapter: AdapterFile) -> dict[str, Any]:
         "rank": adapter.parsed.r,
         "alpha": adapter.parsed.lora_alpha,
         "use_rslora": adapter.parsed.use_rslora,
+        "use_dora": adapter.parsed.use_dora,
         "dropout": adapter.parsed.lora_dropout,
         "target_modules": targets if isinstance(targets, str) else list(targets),
         "base_model": adapter.config.get("base_model_name_or_path"),
@@ -82,6 +83,7 @@ def describe(adapter: AdapterFile) -> dict[str, Any]:
 def _lines(report: dict[str, Any]) -> list[str]:
     targets = report["target_modules"]
     scaling = ", rank-stabilised" if report["use_rslora"] else ""
+    scaling += ", DoRA" if report["use_dora"] else ""
     dead = report["dead_modules"]
     lines = [
         f"rank {report['rank']}, alpha {report['alpha']:g}{scaling}, dropout {report['dropout']:g}",

@@ -21,6 +21,7 @@ from bridge.peft.dtypes import parse_dtype
 from bridge.peft.errors import AdapterError
 from bridge.peft.merging.directory import merge_directory
 from bridge.peft.merging.directory.merge import Progress as Report
+from bridge.peft.merging.directory.quantised import QUANTISE
 
 #: A merge that takes no longer than this shows no progress bar.
 _QUIET_SECONDS = 2.0
@@ -49,6 +50,15 @@ def command(
     untie: Annotated[
         bool, typer.Option("--untie", help="Give an adapted tied head weights of its own.")
     ] = False,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            help="How the base was quantised in training: its weights are dequantised from that; "
+            "none takes the base's as they are.",
+            metavar="|".join(QUANTISE),
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Write W + weight · scale · B A as a model directory that plain transformers loads.
@@ -68,6 +78,7 @@ def command(
                 dtype=None if dtype is None else parse_dtype(dtype),
                 compute_dtype=parse_dtype(compute_dtype),
                 untie=untie,
+                quantize=quantize,
                 progress=progress,
             )
     except KeyboardInterrupt:

@@ -124,7 +124,8 @@ def _model_checks(
         detail = f"on the meta device, without values: {some(empty, len(layers))}"
         return [*checks, Check("state", "fail", detail, "load the weights first")]
     if adapter is None:
-        pairs = {f: (m.lora_a.weight.detach(), m.lora_b.weight.detach()) for f, m in layers.items()}
+        factors = {fqn: layer.factors() for fqn, layer in layers.items()}
+        pairs = {fqn: (a.detach(), b.detach()) for fqn, (a, b) in factors.items()}
         checks += tensor_checks(pairs)
         if any(check.status == "fail" for check in checks):
             # NaN in A or B would fail the checks that compute, each with a fix of its own

@@ -7,7 +7,7 @@ same storage; gradients come from `torch.autograd.grad`, so no `.grad` is touche
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bridge.peft.branch.mixin import LoRAMixin
+from bridge.peft.branch.quantised.table import format_of
 from bridge.peft.branch.token_rows import WithTokenRows
 from bridge.peft.doctor.report import Check, some, verdict
 from bridge.peft.doctor.sample_inputs import sample_inputs
@@ -24,13 +25,14 @@ from bridge.peft.dtypes import TRAINABLE_DTYPES, dtype_name
 from bridge.peft.errors import AdapterError
 from bridge.peft.formats.peft import read_adapter, write_adapter
 from bridge.peft.formats.peft.describe import adapter_of
-from bridge.peft.merging.in_memory import merge_weight
 from bridge.peft.merging.report import LOST
+from bridge.peft.merging.weight import merge_weight
 from bridge.peft.model.disable import disable_adapters
 from bridge.peft.model.participation import Watch
-from bridge.peft.model.walk import adapter_parameters, token_rows_of
+from bridge.peft.model.walk import adapter_parameters
+from bridge.peft.ops.magnitude import row_squares
 from bridge.peft.parallel.fsdp import sharded_modules
-from bridge.peft.tensors import all_finite, full_tensor, is_plain, is_sharded
+from bridge.peft.tensors import all_finite, is_plain, is_sharded
 
 Layers = dict[str, LoRAMixin]
 _ROWS = 4
@@ -72,17 +74,24 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
 def _b_set_to(layers: Layers, value: str) -> Iterator[None]:
     """Within the context every B is zero or random; afterwards the same tensors are back.
 
-    With a random B, an A that is zero (an embedding's, at the start) is random too.
+    DoRA's magnitudes are those of a fresh adapter. With a random B, an A that is zero (an
+    embedding's, at the start) is random too.
     """
     weights = [layer.lora_b.weight for layer in layers.values()]
     if value == "random":
         matrices = [layer.lora_a.weight for layer in layers.values()]
         weights += [a for a in matrices if not bool(a.any())]
+    magnitudes = [m for layer in layers.values() if (m := layer.magnitude) is not None]
+    weights += [m.weight for m in magnitudes]
+    weights += [layer.start.b for layer in layers.values() if layer.start is not None]
     kept = [weight.data for weight in weights]
     try:
         for weight in weights:
             zeros = torch.zeros_like(weight.data)
             weight.data = zeros if value == "zero" else zeros.normal_(std=0.02)
+        for layer in layers.values():
+            if layer.magnitude is not None:
+                layer.magnitude.set_to(row_squares(layer.dense_weight()).sqrt())
         yield
     finally:
         for weight, data in zip(weights, kept, strict=True):
@@ -105,7 +114,7 @@ def _token_rows_off(model: nn.Module) -> Iterator[None]:
 def _frozen(model: nn.Module, layers: Layers) -> Check:
     name = "what is trained"
     own = {id(p) for _, p in adapter_parameters(model)}
-    idle = [f for f, m in layers.items() if not all(p.requires_grad for p in _ab(m))]
+    idle = [f for f, m in layers.items() if not all(p.requires_grad for p in _trained(m))]
     if idle:
         fix = "requires_grad_(True) on lora_a and lora_b of these modules"
         return Check(name, "fail", f"A or B is frozen in {some(idle, len(layers))}", fix)
@@ -140,13 +149,21 @@ def _devices(layers: Layers) -> Check:
 
 def _finite_base(layers: Layers) -> Check:
     name = "NaN and inf in the base"
-    plain = {f: m.base_weight for f, m in layers.items() if _is_ordinary(m.base_weight)}
-    if not plain:
-        return Check(name, "skip", "the base is quantised or sharded")
-    bad = [fqn for fqn, weight in plain.items() if not all_finite(weight)]
+    parts = {f: tensors for f, m in layers.items() if (tensors := _values_of_base(m))}
+    if not parts:
+        return Check(name, "skip", "the base is sharded")
+    bad = [fqn for fqn, tensors in parts.items() if not all(map(all_finite, tensors))]
     fix = "download or load the base model again"
-    good = f"all weights of {len(plain)} modules are finite"
-    return verdict(name, bad, len(plain), "not finite in", fix, good=good)
+    good = f"all weights of {len(parts)} modules are finite"
+    return verdict(name, bad, len(parts), "not finite in", fix, good=good)
+
+
+def _values_of_base(layer: LoRAMixin) -> list[Tensor]:
+    """The weight, or of a quantised one the scales; empty if neither is at hand."""
+    if (form := format_of(layer)) is not None:
+        tensors = form.tensors(form.packed(layer))
+        return [t for t in tensors if t.dtype in TRAINABLE_DTYPES and not t.is_meta]
+    return [layer.base_weight] if _is_ordinary(layer.base_weight) else []
 
 
 def _no_op(layers: Layers) -> Check:
@@ -169,9 +186,10 @@ def _gradients(layers: Layers) -> Check:
     with torch.enable_grad(), _b_set_to(layers, "random"):
         for fqn, layer in layers.items():
             loss = _first(layer(layer.sample_input(_ROWS))).float().square().sum()
-            trained = all(p.requires_grad for p in _ab(layer)) and loss.requires_grad
+            wanted = _trained(layer)
+            trained = all(p.requires_grad for p in wanted) and loss.requires_grad
             if not trained or not _all_reached(
-                torch.autograd.grad(loss, _ab(layer), allow_unused=True)
+                torch.autograd.grad(loss, wanted, allow_unused=True)
             ):
                 missing.append(fqn)
     fix, good = "its forward is bypassed or detached", f"reach A and B of all {len(layers)} modules"
@@ -183,7 +201,7 @@ def _all_of_the_model(model: nn.Module, layers: Layers, inputs: Mapping[str, Any
     name = "forward and backward of the model"
     if inputs is None and not hasattr(model, "config"):
         return Check(name, "skip", "no model of transformers: pass doctor(model, inputs={…})")
-    weights = [p for layer in layers.values() for p in _ab(layer) if p.requires_grad]
+    weights = [p for layer in layers.values() for p in _trained(layer) if p.requires_grad]
     try:
         inputs = sample_inputs(model) if inputs is None else inputs
         with_branches, base, gradients = _runs(model, layers, inputs, weights)
@@ -195,7 +213,7 @@ def _all_of_the_model(model: nn.Module, layers: Layers, inputs: Mapping[str, Any
         fix = "a replaced parameter or a hook differs between the two; see disable_adapters"
         return Check(name, "fail", "with B = 0 the output is not the disabled model's", fix)
     reached = {id(p) for p, g in zip(weights, gradients, strict=True) if _all_reached([g])}
-    missing = [f for f, m in layers.items() if not all(id(p) in reached for p in _ab(m))]
+    missing = [f for f, m in layers.items() if not all(id(p) in reached for p in _trained(m))]
     if bypassed := [fqn for fqn in missing if layers[fqn].bypassed]:
         detail = f"never called, though the module around it ran: {some(bypassed, len(layers))}"
         return Check(name, "fail", detail, "leave them out of target_modules: exclude_modules")
@@ -234,30 +252,29 @@ def _save_and_load(model: nn.Module, layers: Layers) -> Check:
             again = read_adapter(write_adapter(adapter_of(model), Path(directory)))
         except AdapterError as error:
             return Check(name, "fail", str(error), "this model cannot be saved as it is")
-    state = {fqn: (m.lora_a.whole(), m.lora_b.whole()) for fqn, m in layers.items()}
-    rows = {fqn: full_tensor(m.rows.weight) for fqn, m in token_rows_of(model)}
-    same_rows = again.tokens.keys() == rows.keys() and all(
-        torch.equal(again.tokens[fqn], mine.cpu()) for fqn, mine in rows.items()
-    )
-    same_keys = same_rows and again.tensors.keys() == state.keys()
-    if same_keys and all(
-        torch.equal(loaded, mine.cpu())
-        for fqn, pair in state.items()
-        for loaded, mine in zip(again.tensors[fqn], pair, strict=True)
-    ):
+    mine = adapter_of(model)
+    pairs = [(again.tensors.get(fqn), pair) for fqn, pair in mine.tensors.items()]
+    pairs += [((again.magnitudes.get(f),), (m,)) for f, m in mine.magnitudes.items()]
+    pairs += [((again.tokens.get(f),), (rows,)) for f, rows in mine.tokens.items()]
+    same = len(again.tensors) + len(again.magnitudes) + len(again.tokens) == len(pairs)
+    if same and all(_are_equal(loaded, saved) for loaded, saved in pairs):
         return Check(name, "pass", "every tensor and scale comes back bit for bit")
     return Check(name, "fail", "tensors differ", "please report this with the model's name")
+
+
+def _are_equal(loaded: Sequence[Tensor | None] | None, saved: Sequence[Tensor]) -> bool:
+    return loaded is not None and all(
+        t is not None and torch.equal(t, other.cpu())
+        for t, other in zip(loaded, saved, strict=True)
+    )
 
 
 def _merge_forecast(layers: Layers) -> Check:
     name = "merge forecast"
     whole = {f: m for f, m in layers.items() if _is_mergeable(m)}
     if not whole:
-        return Check(name, "skip", "the base weights are quantised, sharded, computed or on meta")
-    unchanged = {
-        f: merge_weight(m.oriented(m.base_weight), *_ab(m), m.scale)[1].unchanged
-        for f, m in whole.items()
-    }
+        return Check(name, "skip", "the base weights are sharded, computed or on meta")
+    unchanged = {f: _forecast(m) for f, m in whole.items()}
     lost = [fqn for fqn, share in unchanged.items() if share > LOST]
     fix = "serve unmerged, or merge into float32 weights"
     good = f"rounding would leave at most {max(unchanged.values()):.1%} of a layer unchanged"
@@ -265,7 +282,21 @@ def _merge_forecast(layers: Layers) -> Check:
     return verdict(name, lost, len(whole), found, fix, good=good, status="warn")
 
 
+def _forecast(layer: LoRAMixin) -> float:
+    """The share of the update that a merge would lose; of a quantised base in bfloat16."""
+    weight = layer.dense_weight()
+    return merge_weight(
+        weight,
+        *layer.factors(),
+        layer.scale,
+        magnitude=layer.magnitude and layer.magnitude.weight,
+        dtype=torch.bfloat16 if format_of(layer) is not None else None,
+    )[1].unchanged
+
+
 def _is_mergeable(layer: LoRAMixin) -> bool:
+    if format_of(layer) is not None:
+        return all(map(all_finite, _ab(layer)))
     own = "weight" in layer.base._parameters and _is_ordinary(layer.base_weight)
     return own and layer.is_linear() and all(map(all_finite, _ab(layer)))
 
@@ -277,6 +308,14 @@ def _is_ordinary(weight: Tensor) -> bool:
 
 def _ab(layer: LoRAMixin) -> tuple[nn.Parameter, nn.Parameter]:
     return layer.lora_a.weight, layer.lora_b.weight
+
+
+def _trained(layer: LoRAMixin) -> list[nn.Parameter]:
+    """What of a layer is meant to be trained: A, unless it is frozen by its options, B, and m."""
+    frozen = ["lora_start.a", "lora_start.b"]
+    if layer.branch_options.freeze_a:
+        frozen.append("lora_a.weight")
+    return [p for name, p in layer.adapter_parameters().items() if name not in frozen]
 
 
 def _first(output: Any) -> Tensor:

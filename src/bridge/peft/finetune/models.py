@@ -99,14 +99,19 @@ def meta_model(
             ) from error
 
 
-def load_model(name: str, dtype: torch.dtype, *, tensor_parallel: bool = False) -> PreTrainedModel:
-    """Load a model's weights in `dtype`; tensor parallel, each process loads its part of them."""
+def load_model(
+    name: str, dtype: torch.dtype, *, tensor_parallel: bool = False, **how: Any
+) -> PreTrainedModel:
+    """Load a model's weights in `dtype`; tensor parallel, each process loads its part of them.
+
+    What is in `how` is for `from_pretrained`: to quantise the weights, say.
+    """
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     parts = {"distributed_config": DistributedConfig(tp_plan="auto")} if tensor_parallel else {}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, output_loading_info=True, **parts
+            name, dtype=dtype, output_loading_info=True, **parts, **how
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise AdapterError(

@@ -13,6 +13,7 @@ MAX_SEED = 2**32 - 1  # the most that NumPy's generator, which transformers seed
 
 Schedule = Literal["cosine", "linear", "constant"]
 BaseDtype = Literal["float32", "bfloat16", "float16"]
+Quantise = Literal["nf4", "int8"]
 OnLong = Literal["error", "drop", "truncate"]
 Parallel = Literal["ddp", "fsdp", "tp"]
 
@@ -29,6 +30,7 @@ class TrainingOptions:
         schedule: Learning rate after the warm-up.
         warmup: Steps in which the learning rate rises from 0; below 1, a share of all steps.
         weight_decay: Decoupled weight decay.
+        lora_plus_ratio: Learning rate of B over that of A (LoRA+, whose authors take 16).
         max_grad_norm: Gradients are clipped to this norm; 0 clips nothing.
         epochs: Passes over the data.
         steps: Optimizer steps, instead of --epochs.
@@ -37,6 +39,7 @@ class TrainingOptions:
         max_length: Most tokens in a sample; default 1024, or the model's limit where lower.
         on_long: What to do with longer samples.
         dtype: Dtype of the base weights; default float32 on CPU and bfloat16 on CUDA.
+        quantize: Quantise the base's linears as they are loaded: nf4 (4 bits) or int8.
         seed: Seed of the adapter's start, the order of the data and dropout.
         gradient_checkpointing: Recompute activations in backward: less memory, about a fifth
             slower.
@@ -57,6 +60,7 @@ class TrainingOptions:
     schedule: Schedule = "cosine"
     warmup: float = 0.03
     weight_decay: float = 0.0
+    lora_plus_ratio: float = 1.0
     max_grad_norm: float = 1.0
     epochs: float = 3.0
     steps: int | None = None
@@ -65,6 +69,7 @@ class TrainingOptions:
     max_length: int | None = None
     on_long: OnLong = "error"
     dtype: BaseDtype | None = None
+    quantize: Quantise | None = None
     seed: int = 0
     gradient_checkpointing: bool = False
     eval_share: float = 0.05
@@ -77,7 +82,7 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         """Check every value against its range."""
-        for name in ("learning_rate", "epochs"):
+        for name in ("learning_rate", "lora_plus_ratio", "epochs"):
             self._check(name, lambda x: math.isfinite(x) and x > 0, "a number above 0")
         for name in ("warmup", "weight_decay", "max_grad_norm", "seed"):
             self._check(name, lambda x: math.isfinite(x) and x >= 0, "0 or more")
@@ -93,6 +98,7 @@ class TrainingOptions:
             "on_long": OnLong,
             "dtype": BaseDtype,
             "parallel": Parallel,
+            "quantize": Quantise,
         }
         for name, literal in choices.items():
             known = get_args(literal)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from bridge.peft.finetune.models import (
     stop_ids,
 )
 from bridge.peft.finetune.options import TrainingOptions, total_steps
+from bridge.peft.finetune.quantised import quantising
 from bridge.peft.finetune.ranks import process_count
 from bridge.peft.finetune.record import RunSpec
 from bridge.peft.finetune.samples import Sample, fit_length, remarks_of, tokenize
@@ -44,6 +45,7 @@ class Prepared:
         dtype: of the base weights.
         digests: of the data, by name.
         notes: lines that tell what was decided for the user.
+        quantising: what makes `from_pretrained` quantise the base.
     """
 
     spec: RunSpec
@@ -55,6 +57,7 @@ class Prepared:
     steps: int
     digests: dict[str, str]
     notes: list[str]
+    quantising: dict[str, Any] = field(default_factory=dict)
 
 
 def prepare(spec: RunSpec) -> Prepared:
@@ -63,6 +66,7 @@ def prepare(spec: RunSpec) -> Prepared:
     options, dtype = spec.options, base_dtype(spec.options)
     config = load_config(spec.model)
     check_can_be_sharded(config, spec)
+    how = quantising(options, dtype, config, spec.model)
     notes: list[str | None] = []
     # the plan knows every target, so a mistaken one is told before any weight is loaded
     plan = spec.lora.plan(meta_model(config, spec.model, dtype))
@@ -99,6 +103,7 @@ def prepare(spec: RunSpec) -> Prepared:
         steps=_steps(options, len(train)),
         digests=digests,
         notes=[note for note in notes if note],
+        quantising=how,
     )
 
 

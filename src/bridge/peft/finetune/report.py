@@ -24,6 +24,11 @@ from bridge.peft.version import __version__
 
 _PACKAGES = ("torch", "transformers", "trl", "accelerate", "safetensors")
 _SMOOTHED_POINTS = 20
+#: How transformers is told to quantise a base as `--quantize` does.
+_IN_PYTHON = {
+    "nf4": 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True',
+    "int8": "load_in_8bit=True",
+}
 
 
 def run_metrics(
@@ -115,10 +120,15 @@ def print_summary(console: Console, output: Path, metrics: dict[str, Any], model
     here, base = shlex.quote(str(output)), shlex.quote(model)
     console.print("What next:", style="bold")
     console.print(f"  bridge-peft inspect {here}")
-    console.print(f"  bridge-peft merge --model {base} --adapter {here} --output {here}-merged")
+    kind = metrics.get("quantize")
+    merge = f"  bridge-peft merge --model {base} --adapter {here} --output {here}-merged"
+    console.print(merge + (f" --quantize {kind}" if kind else ""))
     console.print(f"  tensorboard --logdir {here}/logs")
     console.print("In Python, with PEFT:", style="bold")
-    console.print(f'  base = transformers.AutoModelForCausalLM.from_pretrained("{model}")')
+    if kind:
+        console.print(f"  how = transformers.BitsAndBytesConfig({_IN_PYTHON[kind]})")
+    how = ", quantization_config=how" if kind else ""
+    console.print(f'  base = transformers.AutoModelForCausalLM.from_pretrained("{model}"{how})')
     console.print(f'  model = peft.PeftModel.from_pretrained(base, "{output}")')
 
 
@@ -128,7 +138,7 @@ def _summary_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     share = metrics["trainable_parameters"] / metrics["model_parameters"]
     resumed = metrics["resumed_from_step"]
     steps = f"{metrics['steps']}" + (f" (resumed from step {resumed})" if resumed else "")
-    return [
+    rows = [
         ("evaluation loss", evaluation),
         ("training loss, last logged", f"{metrics['train_loss']:.4f}"),
         ("steps", steps),
@@ -138,6 +148,11 @@ def _summary_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
         ("peak memory", f"{metrics['peak_memory_bytes'] / 1e9:.2f} GB"),
         ("loss curve", "loss.png"),
     ]
+    if kind := metrics.get("quantize"):
+        now, dense = metrics["base_bytes"], metrics["dense_base_bytes"]
+        told = f"{now / 1e6:.1f} MB in {kind}, {(dense - now) / 1e6:.1f} MB saved"
+        rows.insert(-1, ("base model", f"{told} over {metrics['dtype']}"))
+    return rows
 
 
 def smoothed(values: list[float]) -> list[float]:

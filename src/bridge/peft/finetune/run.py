@@ -17,6 +17,7 @@ from bridge.peft.finetune.disk import check_disk_space, disk_full_told
 from bridge.peft.finetune.models import load_model, model_digest, quiet, quiet_imports
 from bridge.peft.finetune.prepare import Prepared, prepare
 from bridge.peft.finetune.processes import joined, told_together
+from bridge.peft.finetune.quantised import memory_of_base
 from bridge.peft.finetune.ranks import data_parts, process_count, process_index
 from bridge.peft.finetune.record import (
     METRICS,
@@ -79,14 +80,17 @@ def train(
             console.print(note)
         with told_together():
             start = _newest(output, console) if resume else None
-            model, started = _adapted(prepared, output, start)
+            model, started, memory = _adapted(prepared, output, start)
         check_ranks_agree(model, {"the data": prepared.digests})
         with told_together():
             if not resume and process_index() == 0:
                 _begin_record(started, output, overwrite=overwrite)
         trainer = _build_trainer(model, prepared, output, resumed=resume)
         with disk_full_told(output):
-            return _run(trainer, prepared, output, console, start)
+            outcome = _run(trainer, prepared, output, console, start)
+    if outcome.metrics is not None:
+        outcome.metrics.update(memory, quantize=spec.options.quantize)
+    return outcome
 
 
 def finish(spec: RunSpec, outcome: Outcome, output: Path, console: Console) -> int:
@@ -127,17 +131,19 @@ def _newest(output: Path, console: Console) -> Checkpoint:
 
 def _adapted(
     prepared: Prepared, output: Path, start: Checkpoint | None
-) -> tuple[PreTrainedModel, RunSpec]:
-    """The base model with its adapter, from a checkpoint or the start; and what the run is now."""
+) -> tuple[PreTrainedModel, RunSpec, dict[str, int]]:
+    """The base with its adapter, from a checkpoint or the start; the run as it is; its bytes."""
     spec = prepared.spec
     in_parts = spec.options.parallel == "tp" and process_count() > 1
-    model = load_model(spec.model, prepared.dtype, tensor_parallel=in_parts)
+    how = prepared.quantising
+    model = load_model(spec.model, prepared.dtype, tensor_parallel=in_parts, **how)
+    memory = memory_of_base(model, prepared.dtype)
     digests = {"base model": model_digest(model), **prepared.digests}
     started = replace(spec, digests=digests, world_size=process_count())
     if start:
         check_same_run(spec, started, output)
     spec.lora(model)
-    return load_adapter(model, start.path) if start else model, started
+    return load_adapter(model, start.path) if start else model, started, memory
 
 
 def _begin_record(spec: RunSpec, output: Path, *, overwrite: bool) -> None:
@@ -159,6 +165,7 @@ def _build_trainer(
             batch_size=options.batch_size,
             parts=data_parts(options),
             sharded=is_sharded,
+            lora_plus_ratio=options.lora_plus_ratio,
             model=model,
             args=trainer_config(prepared, output, resumed=resumed),
             train_dataset=_dataset(prepared.train),
@@ -188,8 +195,13 @@ def _run(
         trainer.add_callback(callback)
     begun = time.perf_counter()
     try:
-        # transformers warns that generation follows the tokenizer, and of intervals that may change
-        with stop, progress, quiet("transformers.trainer_utils"):
+        # transformers warns that generation follows the tokenizer, of intervals that may change;
+        # bitsandbytes at each call of an 8-bit linear that it casts the input
+        with (
+            stop,
+            progress,
+            quiet("transformers.trainer_utils", "bitsandbytes.autograd._functions"),
+        ):
             trainer.train_from(start)
     except KeyboardInterrupt:  # the second Ctrl-C
         if checkpoints(output):

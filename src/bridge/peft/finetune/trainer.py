@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bridge.peft import save_adapter
+from bridge.peft import optimizer_groups, save_adapter
 from bridge.peft.branch.initializers import derive_seed
 from bridge.peft.finetune.batches import BLANK, BatchLoader, GlobalBatches, WithBlank, targets
 from bridge.peft.finetune.checkpoint import (
@@ -55,6 +55,7 @@ class AdapterTrainer(SFTTrainer):
         batch_size: Samples in a batch of the whole run.
         parts: Among how many processes they are shared out.
         sharded: The model is sharded already, so nothing wraps it.
+        lora_plus_ratio: Learning rate of B over that of everything else.
         **kwargs: As `SFTTrainer` takes them.
     """
 
@@ -63,9 +64,17 @@ class AdapterTrainer(SFTTrainer):
     lr_scheduler: Any
 
     def __init__(
-        self, *, keep: int, batch_size: int, parts: int, sharded: bool, **kwargs: Any
+        self,
+        *,
+        keep: int,
+        batch_size: int,
+        parts: int,
+        sharded: bool,
+        lora_plus_ratio: float,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self._lora_plus_ratio = lora_plus_ratio
         self.before = TrainerState()
         self.parts = parts
         self._keep, self._batch_size, self._sharded = keep, batch_size, sharded
@@ -93,6 +102,19 @@ class AdapterTrainer(SFTTrainer):
             self.state = self.before
         else:
             self.train(resume_from_checkpoint=str(start.path))
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Trainer's own, with B in a group of its own where its learning rate is another."""
+        if self.optimizer is None and self._lora_plus_ratio != 1:
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = optimizer_groups(
+                self.model,
+                lr=settings.pop("lr"),
+                b_ratio=self._lora_plus_ratio,
+                weight_decay=self.args.weight_decay,
+            )
+            self.optimizer = kind(groups, **settings)
+        return super().create_optimizer(model)
 
     def get_train_dataloader(self) -> BatchLoader:
         """This process's part of each batch, in an order that the seed and the epoch decide."""
@@ -195,17 +217,20 @@ class AdapterTrainer(SFTTrainer):
             "scaler": None if scaler is None else scaler.state_dict(),
         }
         name, partial = f"checkpoint-{self.state.global_step}", self._root / PARTIAL
-        with told_together():
-            if self.args.should_save:
+        try:
+            with told_together():
+                if self.args.should_save:
+                    shutil.rmtree(partial, ignore_errors=True)
+                    (partial / name).mkdir(parents=True)
+            self.save_adapter_to(partial / name)
+            with told_together():
+                if self.args.should_save:
+                    write_state(partial / name, state)
+                    self.state.save_to_json(str(partial / name / TRAINER_STATE_NAME))
+                    publish(partial / name, self._root / name, keep=self._keep)
+        finally:
+            if self.args.should_save:  # a disk that is full gets the space back
                 shutil.rmtree(partial, ignore_errors=True)
-                (partial / name).mkdir(parents=True)
-        self.save_adapter_to(partial / name)
-        with told_together():
-            if self.args.should_save:
-                write_state(partial / name, state)
-                self.state.save_to_json(str(partial / name / TRAINER_STATE_NAME))
-                publish(partial / name, self._root / name, keep=self._keep)
-                shutil.rmtree(partial)
 
 
 @contextlib.contextmanager

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from bridge.peft.branch.dense import SetAside, put_base
 from bridge.peft.branch.mixin import LoRAMixin
+from bridge.peft.branch.quantised.table import FORMATS, format_of
 from bridge.peft.dtypes import TRAINABLE_DTYPES
 from bridge.peft.errors import AdapterError
+from bridge.peft.merging.quantised import (
+    check_can_be_packed_again,
+    merge_and_pack,
+    merge_dense,
+)
 from bridge.peft.merging.report import MergeReport, MergeRow
-from bridge.peft.merging.rounding import Rounding, Update, merge_rows, row_blocks
 from bridge.peft.merging.shared_weights import sharers
 from bridge.peft.merging.token_rows import (
     check_rows_mergeable,
     merge_token_rows,
     unmerge_token_rows,
 )
+from bridge.peft.merging.weight import merge_weight
 from bridge.peft.model.disable import check_kept
 from bridge.peft.model.participation import takes_no_part
+from bridge.peft.model.quantisation import dense_while_merged, quantised_again
 from bridge.peft.model.trained_parameters import forget_tie
 from bridge.peft.model.walk import adapted_modules, unwrap
 from bridge.peft.parallel.fsdp import reshard
@@ -39,53 +48,27 @@ def check_compute_dtype(compute_dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def merge_weight(
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: float,
-    *,
-    compute_dtype: torch.dtype = torch.float32,
-    fqn: str = "",
-) -> tuple[Tensor, MergeRow]:
-    """`W + scale · B A`, computed in `compute_dtype` and rounded once to the dtype of W.
-
-    Args:
-        weight: W, (out_features, in_features).
-        lora_a: A, (dim, in_features).
-        lora_b: B, (out_features, dim).
-        scale: Factor of the branch.
-        compute_dtype: float32 or float64; float64 weights always take float64.
-        fqn: Name for the report.
-
-    Returns:
-        The merged weight, a new tensor like W, and its row of the report.
-    """
-    weight = weight.detach()
-    compute_dtype = torch.promote_types(compute_dtype, weight.dtype)
-    update = Update.of([(lora_a, lora_b, scale)], dtype=compute_dtype, device=weight.device)
-    merged = torch.empty_like(weight)
-    rounding = Rounding()
-    for rows in row_blocks(*weight.shape, device=weight.device):
-        rounding += merge_rows(weight[rows], update, rows, merged[rows])
-    return merged, MergeRow.of(fqn, rounding, update)
-
-
-@torch.no_grad()
 def merge(
     model: nn.Module,
     *,
     keep_base: bool = True,
     compute_dtype: torch.dtype = torch.float32,
     untie: bool = False,
+    requantize: bool = False,
+    dense_dtype: torch.dtype = torch.bfloat16,
     dtype: torch.dtype | None = None,
 ) -> MergeReport:
     """Fold every branch into its base weight, in place: `W <- W + scale · B A`.
+
+    With DoRA it is `W <- m / |W + scale · B A| · (W + scale · B A)`, by rows.
 
     The sum is computed in `compute_dtype` and rounded once. While merged, the branch is not
     computed, and `model.state_dict()` is that of the dense merged model, without A and B. Sharded
     weights are gathered one after the other, and each rank keeps its part of the sum, so with those
     every rank must call.
+
+    A quantised base (4-bit, 8-bit, float8) is dequantised to exactly the weight that the adapter
+    was trained on, and its layer holds the dense sum until `unmerge` puts the base back.
 
     Args:
         model: An adapted model.
@@ -93,14 +76,17 @@ def merge(
         compute_dtype: Dtype of the computation, float32 or float64.
         untie: Give an adapted weight that is shared with another module (a tied output head)
             storage of its own, instead of refusing. `unmerge` leaves it untied.
+        requantize: Quantise the sum again as the base is; the report then holds the error of that.
+        dense_dtype: Dtype of the dense weights that stand in for quantised ones.
         dtype: The old name of `compute_dtype`.
 
     Returns:
         A report with a row per layer.
 
     Raises:
-        AdapterError: Nothing to merge, merged already, switched off, a weight that is quantised,
-            shared, not finite or on `meta`; the model is as it was before.
+        AdapterError: Nothing to merge, merged already, switched off, a weight that is shared, not
+            finite or on `meta`, or packed so that it cannot be read (or packed again); the model
+            is as it was before.
 
     Example:
         >>> report = merge(model)
@@ -110,16 +96,26 @@ def merge(
         warnings.warn("merge(dtype=…) is now compute_dtype=…", DeprecationWarning, stacklevel=2)
         compute_dtype = dtype
     check_compute_dtype(compute_dtype)
+    if dense_dtype not in TRAINABLE_DTYPES:
+        raise AdapterError(f"dense_dtype must be a floating dtype of 16 bits up, got {dense_dtype}")
     reshard(unwrap(model))
     layers, tied = _mergeable_layers(model, untie=untie)
     for fqn, layer in layers:
-        _check_finite(fqn, layer, compute_dtype)
+        if requantize and (form := format_of(layer)) is not None:
+            check_can_be_packed_again(fqn, layer, form)
+        _check_finite(fqn, layer, compute_dtype, dense_dtype)
     check_rows_mergeable(model)
+    merge_layer = functools.partial(
+        _merge_layer,
+        compute_dtype=compute_dtype,
+        keep_base=keep_base,
+        dense_dtype=None if requantize else dense_dtype,
+    )
     notes = _untie(model, tied)
     rows: list[MergeRow] = []
     try:
         for fqn, layer in layers:
-            rows.append(_merge_layer(fqn, layer, compute_dtype, keep_base=keep_base))
+            rows.append(merge_layer(fqn, layer))
         notes += merge_token_rows(model, keep_base=keep_base)
     except BaseException:
         # out of memory, Ctrl-C: no model is left half merged if the originals are there
@@ -127,7 +123,7 @@ def merge(
             if layer.unmerged_weight is not None:
                 _restore(layer)
         raise
-    return MergeReport(tuple(rows), notes)
+    return MergeReport(tuple(rows), (*notes, *dense_while_merged(unwrap(model))))
 
 
 @torch.no_grad()
@@ -151,6 +147,7 @@ def unmerge(model: nn.Module) -> None:
     unmerge_token_rows(model)
     for _, layer in merged:
         _restore(layer)
+    quantised_again(unwrap(model))
 
 
 def _untie(model: nn.Module, tied: Mapping[LoRAMixin, list[str]]) -> tuple[str, ...]:
@@ -167,12 +164,30 @@ def _untie(model: nn.Module, tied: Mapping[LoRAMixin, list[str]]) -> tuple[str, 
 
 
 def _merge_layer(
-    fqn: str, layer: LoRAMixin, compute_dtype: torch.dtype, *, keep_base: bool
+    fqn: str,
+    layer: LoRAMixin,
+    *,
+    compute_dtype: torch.dtype,
+    keep_base: bool,
+    dense_dtype: torch.dtype | None,
 ) -> MergeRow:
+    """Merge one layer, in place; a quantised one is quantised again without a `dense_dtype`."""
+    if (form := format_of(layer)) is not None:
+        if dense_dtype is None:
+            row, base = merge_and_pack(fqn, layer, form, compute_dtype)
+        else:
+            row, base = merge_dense(fqn, layer, compute_dtype, dense_dtype)
+        layer.unmerged_weight = base if keep_base else None
+        layer.merged = True
+        return row
     weight = layer.base_weight
-    whole, a, b = map(full_tensor, (weight, layer.lora_a.weight, layer.lora_b.values))
     merged, row = merge_weight(
-        layer.oriented(whole), a, b, layer.scale, compute_dtype=compute_dtype, fqn=fqn
+        layer.oriented(full_tensor(weight)),
+        *layer.whole_factors(),
+        layer.scale,
+        magnitude=layer.whole_magnitude(),
+        compute_dtype=compute_dtype,
+        fqn=fqn,
     )
     if keep_base:
         layer.unmerged_weight = weight.detach().to("cpu", copy=True)
@@ -184,7 +199,10 @@ def _merge_layer(
 
 def _restore(layer: LoRAMixin) -> None:
     assert layer.unmerged_weight is not None
-    layer.base_weight.copy_(layer.unmerged_weight)
+    if isinstance(layer.unmerged_weight, SetAside):
+        put_base(layer, layer.unmerged_weight)
+    else:
+        layer.base_weight.copy_(layer.unmerged_weight)
     layer.unmerged_weight = None
     layer.merged = False
     layer.weight_was_written()
@@ -210,7 +228,8 @@ def _mergeable_layers(
     if not layers:
         raise AdapterError("the model has no adapters to merge; LoRA(...)(model) adds them")
     shared = sharers(unwrap(model), [layer for _, layer in layers])
-    tied = [(fqn, layer) for fqn, layer in layers if layer in shared]
+    # what is made of a quantised weight is a new one
+    tied = [(f, layer) for f, layer in layers if layer in shared and format_of(layer) is None]
     if tied and not untie:
         fqn, layer = tied[0]
         raise AdapterError(
@@ -231,11 +250,16 @@ def _check_mergeable(fqn: str, layer: LoRAMixin) -> None:
     if layer.merged:
         raise AdapterError(f"{fqn} is merged already; unmerge(model) first")
     _check_enabled(fqn, layer)
-    if "weight" not in layer.base._parameters:
+    is_quantised = format_of(layer) is not None
+    if "weight" not in layer.base._parameters and not is_quantised:
         raise AdapterError(
             f"the weight of {fqn} is computed from other parameters (pruning, weight or spectral "
             "norm, a parametrization); make it a plain nn.Parameter first (prune.remove, "
             "remove_parametrizations)"
+        )
+    if is_sharded(weight) and any(form.told(layer) for form in FORMATS):
+        raise AdapterError(
+            f"{fqn} is quantised and sharded; save the adapter and merge it into the unsharded base"
         )
     if is_sharded(weight) and isinstance(layer, nn.Linear) and not layer.plain_forward:
         raise AdapterError(
@@ -253,31 +277,43 @@ def _check_mergeable(fqn: str, layer: LoRAMixin) -> None:
             "takes no part, and merging it could change the model; leave it out with "
             "exclude_modules and train again"
         )
-    if weight.dtype not in TRAINABLE_DTYPES or not (is_plain(weight) or is_sharded(weight)):
+    is_dense = weight.dtype in TRAINABLE_DTYPES and (is_plain(weight) or is_sharded(weight))
+    if not is_quantised and not is_dense:
         kind = type(weight).__name__ if weight.dtype in TRAINABLE_DTYPES else weight.dtype
         raise AdapterError(
-            f"{fqn} is quantised ({kind}), so a merge would round to its few bits; load the "
-            "base in bfloat16 or float32, load the adapter there, and merge"
+            f"{fqn} is quantised ({kind}) in a way that bridge.peft cannot read; keep the adapter "
+            "unmerged, or dequantise the model with the library that quantised it"
         )
     if "meta" in (weight.device.type, layer.lora_a.weight.device.type):
         raise AdapterError(f"{fqn} is on the meta device; load its weights before merging")
 
 
-def _check_finite(fqn: str, layer: LoRAMixin, compute_dtype: torch.dtype) -> None:
-    weight, a, b = map(full_tensor, (layer.base_weight, layer.lora_a.weight, layer.lora_b.values))
-    for name, tensor in (("base weight", weight), ("A", a), ("B", b)):
-        if not all_finite(tensor):
+def _check_finite(
+    fqn: str, layer: LoRAMixin, compute_dtype: torch.dtype, dense_dtype: torch.dtype
+) -> None:
+    try:
+        weight = full_tensor(layer.dense_weight())
+    except AdapterError as error:
+        raise AdapterError(f"{fqn}: {error}") from error
+    (a, b), m = layer.whole_factors(), layer.whole_magnitude()
+    for name, tensor in (("base weight", weight), ("A", a), ("B", b), ("the magnitude", m)):
+        if tensor is not None and not all_finite(tensor):
             raise AdapterError(f"{fqn}: {name} holds NaN or inf; nothing was merged")
     if not weight.numel():
         return
     # A bound first: only what could overflow is computed twice.
-    size = abs(layer.scale) * layer.dim * float(a.abs().max()) * float(b.abs().max())
-    if float(weight.abs().max()) + size < torch.finfo(weight.dtype).max:
+    size = abs(layer.scale) * a.shape[0] * float(a.abs().max()) * float(b.abs().max())
+    # DoRA's rows are no longer than m, but their length is computed of the sum
+    largest = max(float(weight.abs().max()) + size, 0.0 if m is None else float(m.abs().max()))
+    dtype = weight.dtype if format_of(layer) is None else dense_dtype
+    if largest < torch.finfo(dtype).max:
         return
-    merged, _ = merge_weight(layer.oriented(weight), a, b, layer.scale, compute_dtype=compute_dtype)
+    merged, _ = merge_weight(
+        weight, a, b, layer.scale, magnitude=m, compute_dtype=compute_dtype, dtype=dtype
+    )
     if not all_finite(merged):
         raise AdapterError(
-            f"{fqn}: the merged weight overflows {weight.dtype}; nothing was merged; "
+            f"{fqn}: the merged weight overflows {dtype}; nothing was merged; "
             "convert the base to float32 or bfloat16 first"
         )
 

@@ -25,7 +25,7 @@ class MergeRow:
             weight and update, the update as it was computed.
         mean_error: Mean of that difference.
         unchanged: Share of the weights that the update did not change, of those it should have.
-        relative_update: Frobenius norm of the update over that of the base weight.
+        relative_update: Frobenius norm of the change over that of the base weight.
     """
 
     fqn: str
@@ -40,12 +40,14 @@ class MergeRow:
         measured = rounding.count / max(update.count, 1)
         meant = update.meant() * measured
         base = math.sqrt(rounding.squares / measured) if measured else 0.0
+        moved = math.sqrt(rounding.moved / measured) if measured else 0.0
         return cls(
             fqn=fqn,
             max_error=rounding.max_error,
             mean_error=rounding.sum_error / max(rounding.count, 1),
             unchanged=max(0.0, 1 - rounding.changed / meant) if meant else 0.0,
-            relative_update=update.norm() / max(base, torch.finfo(torch.float32).tiny),
+            relative_update=(update.norm() if update.factor is None else moved)
+            / max(base, torch.finfo(torch.float32).tiny),
         )
 
 

@@ -1,15 +1,19 @@
-"""`W + Σ scale · B A` in blocks of rows, rounded once, with the statistics of the rounding."""
+"""`W + Σ scale · B A` in blocks of rows, rounded once, with the statistics of the rounding.
+
+With DoRA the rows of the sum are rescaled: `m / |W + scale · B A|` times them.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from bridge.peft import low_rank
+from bridge.peft.ops.magnitude import factor_of, row_squares
 from bridge.peft.tensors import all_finite
 
 #: One adapter's part of an update: A (dim, in_features), B (out_features, dim), and the scale.
@@ -29,11 +33,18 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Update:
     """`Σ scale · B A` as one product of two thin factors, the way round the weight is stored.
 
-    `left` is (rows, total rank), `right` (total rank, columns).
+    Attributes:
+        left: (rows, total rank).
+        right: (total rank, columns).
+        transposed: The weight is stored as (in_features, out_features).
+        factor: What the sum is multiplied by, by DoRA: (rows, 1), or (1, columns) of a transposed
+            weight; None for 1.
     """
 
     left: Tensor
     right: Tensor
+    transposed: bool = False
+    factor: Tensor | None = None
 
     @classmethod
     def of(
@@ -51,7 +62,29 @@ class Update:
         terms = [(a.detach(), b.detach(), scale) for a, b, scale in terms]
         b = torch.cat([b.to(device, dtype) * scale for _, b, scale in terms], dim=1)
         a = torch.cat([a.to(device, dtype) for a, _, _ in terms], dim=0)
-        return cls(a.mT, b.mT) if transposed else cls(b, a)
+        return cls(a.mT, b.mT, transposed=True) if transposed else cls(b, a)
+
+    def rescaled(self, magnitude: Tensor, weight: Iterable[tuple[slice, Tensor]]) -> Update:
+        """The update that gives the rows of the sum (columns, if transposed) DoRA's magnitudes.
+
+        Args:
+            magnitude: m, (out_features,).
+            weight: The whole base weight in blocks of rows, each with where it is.
+        """
+        dim = int(self.transposed)
+        squares = self.left.new_zeros((self.left.shape[0], self.right.shape[1])[dim])
+        for rows, block in weight:
+            total = block.to(self.left.dtype, copy=True).addmm_(self.left[rows], self.right)
+            if self.transposed:
+                squares += total.square().sum(0)
+            else:
+                squares[rows] = row_squares(total)
+        factor = factor_of(magnitude.to(squares.device), squares.sqrt())
+        return replace(self, factor=factor.unsqueeze(1 - dim))
+
+    def factor_of(self, rows: slice) -> Tensor | None:
+        """The factor of some rows of the weight, as it is stored."""
+        return self.factor if self.factor is None or self.transposed else self.factor[rows]
 
     @property
     def count(self) -> int:
@@ -60,7 +93,10 @@ class Update:
 
     def meant(self) -> int:
         """How many weights it is to change: none where the row or column of a factor is zero."""
-        return int(self.left.any(1).sum()) * int(self.right.any(0).sum())
+        if self.factor is None:
+            return int(self.left.any(1).sum()) * int(self.right.any(0).sum())
+        out = self.right.mT if self.transposed else self.left
+        return int((out.any(1) | (self.factor.flatten() != 1)).sum()) * self.count // len(out)
 
     def norm(self) -> float:
         """Its Frobenius norm."""
@@ -77,6 +113,7 @@ class Rounding:
         changed: How many stored weights differ from the base's, rounded to the same dtype.
         squares: Sum of the squared base weights.
         count: How many weights were measured.
+        moved: Sum of the squared changes, where DoRA rescales; its update has no closed form.
     """
 
     max_error: float = 0.0
@@ -84,6 +121,7 @@ class Rounding:
     changed: int = 0
     squares: float = 0.0
     count: int = 0
+    moved: float = 0.0
 
     def __add__(self, other: Rounding) -> Rounding:
         return Rounding(
@@ -92,6 +130,7 @@ class Rounding:
             self.changed + other.changed,
             self.squares + other.squares,
             self.count + other.count,
+            self.moved + other.moved,
         )
 
 
@@ -120,6 +159,8 @@ def merge_rows(weight: Tensor, update: Update, rows: slice, out: Tensor) -> Roun
     """
     left = update.left[rows]
     exact = weight.to(left.dtype, copy=True)
+    if (factor := update.factor_of(rows)) is not None:
+        return _merge_rescaled(weight, exact.addmm_(left, update.right), update, rows, factor, out)
     if not _is_measured(rows, update):
         out.copy_(exact.addmm_(left, update.right))
         return Rounding(sum_error=0.0 if all_finite(out) else math.inf)
@@ -137,6 +178,26 @@ def merge_rows(weight: Tensor, update: Update, rows: slice, out: Tensor) -> Roun
         changed=_count_changed(weight, out),
         squares=norm**2,
         count=error.numel(),
+    )
+
+
+def _merge_rescaled(
+    weight: Tensor, total: Tensor, update: Update, rows: slice, factor: Tensor, out: Tensor
+) -> Rounding:
+    """Write `factor · total` into `out`; the error is that against the same product in float64."""
+    out.copy_(total * factor)
+    if not _is_measured(rows, update):
+        return Rounding(sum_error=0.0 if all_finite(out) else math.inf)
+    base = weight.double()
+    exact = (base + (update.left[rows] @ update.right).double()).mul_(factor)
+    error = (exact - out).abs_()
+    return Rounding(
+        max_error=float(error.amax()),
+        sum_error=float(error.sum()),
+        changed=_count_changed(weight, out),
+        squares=float(base.square().sum()),
+        count=error.numel(),
+        moved=float(exact.sub_(base).square().sum()),
     )
 
 

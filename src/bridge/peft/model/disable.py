@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from bridge.peft.branch.dense import SetAside, base_restored
 from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.branch.token_rows import WithTokenRows
 from bridge.peft.branch.wrapper import AdapterWrapper
@@ -101,8 +102,13 @@ def _switch_on(module: nn.Module) -> None:
 
 @contextmanager
 def _base_weight_restored(layer: LoRAMixin) -> Iterator[None]:
-    weight, base = layer.base_weight, layer.unmerged_weight
+    base = layer.unmerged_weight
     assert base is not None
+    if isinstance(base, SetAside):
+        with base_restored(layer, base):
+            yield
+        return
+    weight = layer.base_weight
     merged = weight.detach().clone()
     with torch.no_grad():
         weight.copy_(base)

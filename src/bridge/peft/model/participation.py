@@ -22,7 +22,7 @@ from bridge.peft.dtypes import dtype_name
 from bridge.peft.errors import AdapterError
 from bridge.peft.model.walk import adapted_modules, some_names
 from bridge.peft.parallel.fsdp import sharded_modules
-from bridge.peft.tensors import is_plain
+from bridge.peft.tensors import is_plain, is_sharded, write_count
 
 _RECORD = "adapted_fqns"
 #: The end of the file that holds Megatron's own checkpoint function.
@@ -87,6 +87,7 @@ class Watch:
         self._buffers: dict[str, int] = {}
         self._wants_grad = False
         self._untrainable: list[str] = []
+        self._frozen = {fqn for fqn, p in model.named_parameters() if not p.requires_grad}
         self._holders = {layer: _holder(model, fqn) for fqn, layer in layers.items()}
         self._handles = [
             holder.register_forward_pre_hook(self._saw)
@@ -102,7 +103,7 @@ class Watch:
             check_still_adapted(model)
             self._wants_grad = torch.is_grad_enabled()
             weights = {m: m.base_weight for m in self._layers.values()}
-            self._versions = {m: (weight, _version(weight)) for m, weight in weights.items()}
+            self._versions = {m: (weight, write_count(weight)) for m, weight in weights.items()}
             self._buffers = _buffer_versions(model) if model.training else {}
 
     def _saw(self, holder: nn.Module, args: Any) -> None:
@@ -132,6 +133,7 @@ class Watch:
             )
         self._warn_written()
         self._warn_buffers(model)
+        self._warn_unfrozen(model)
         self._warn_cast(model)
 
     def stop(self) -> None:
@@ -160,13 +162,29 @@ class Watch:
                 stacklevel=2,
             )
 
+    def _warn_unfrozen(self, model: nn.Module) -> None:
+        # torch's SequenceParallel puts new parameters in the place of a norm's, and forgets this;
+        # one that is whole was unfrozen by the user
+        unfrozen = [
+            fqn
+            for fqn, p in model.named_parameters()
+            if p.requires_grad and fqn in self._frozen and is_sharded(p)
+        ]
+        if unfrozen:
+            warnings.warn(
+                f"{some_names(unfrozen)}: frozen by the recipe, and trainable since the model was "
+                "sharded; call .requires_grad_(False) on them and make the optimizer again, or "
+                "shard the model first and adapt it then",
+                stacklevel=2,
+            )
+
     def _warn_written(self) -> None:
         # FSDP2 may have put another tensor into a weight's place since
         written = [
             fqn
             for fqn, layer in self._layers.items()
             for weight, version in [self._versions[layer]]
-            if layer.base_weight is weight and _version(weight) > version
+            if layer.base_weight is weight and write_count(weight) > version
         ]
         self._versions = {}
         if written:
@@ -216,15 +234,10 @@ class Watch:
             )
 
 
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was written to; 0 where that is not counted."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
 def _buffer_versions(model: nn.Module) -> dict[str, int]:
     """The versions of the buffers that a checkpoint of the base holds."""
     return {
-        f"{fqn}.{name}": _version(buffer)
+        f"{fqn}.{name}": write_count(buffer)
         for fqn, module in model.named_modules()
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set

@@ -8,10 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from bridge.peft.branch.dense import DenseLinearAdapter
+from bridge.peft.branch.functions.dora import LoRAMagnitude
+from bridge.peft.branch.functions.starts import LoRAStart
 from bridge.peft.branch.matrix import LoRAMatrix
 from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.branch.token_rows import TokenRows, WithTokenRows
 from bridge.peft.errors import AdapterError
+from bridge.peft.model.quantisation import let_quantised_train
 from bridge.peft.model.walk import clean_fqn, input_embedding, output_head
 from bridge.peft.tensors import is_plain
 
@@ -27,8 +31,7 @@ def prepare_pretrained(model: nn.Module) -> None:
     Args:
         model: An adapted model; one that is not of transformers is left as it is.
     """
-    _let_quantised_train(model)
-    _keep_packed_weights_trainable(model)
+    let_quantised_train(model)
     ends = {"output head": output_head(model), "input embedding": input_embedding(model)}
     kinds = (LoRAMixin, WithTokenRows)
     adapted = [name for name, module in ends.items() if isinstance(module, kinds)]
@@ -75,7 +78,9 @@ def remember_random_modules(model: nn.Module, fqns: Iterable[str]) -> None:
 
 
 def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
-    if isinstance(module, LoRAMatrix | TokenRows):
+    # what a merge made of a quantised weight carries no mark, and is no part of the base
+    own = LoRAMatrix | LoRAMagnitude | LoRAStart | TokenRows | DenseLinearAdapter
+    if isinstance(module, own):
         return []
     return [p for p in module._parameters.values() if p is not None]
 
@@ -84,43 +89,6 @@ def _is_loaded(parameter: nn.Parameter) -> bool:
     # what a quantiser made is no subject of initialisation, and carries its mark elsewhere
     packed = not is_plain(parameter) or not parameter.is_floating_point()
     return packed or getattr(parameter, _MARK, False)
-
-
-def _let_quantised_train(model: nn.Module) -> None:
-    """Answer the Trainer's question: this quantised model has something to train."""
-    quantiser = getattr(model, "hf_quantizer", None)
-    if quantiser is None or getattr(quantiser, "is_qat_trainable", True):
-        return
-    cls = type(quantiser)
-    quantiser.__class__ = _trainable_class(cls)
-
-
-@functools.cache
-def _trainable_class(cls: type) -> type:
-    """The quantiser's class, but that it has trainable weights; the name stays."""
-    namespace = {"is_qat_trainable": True, "is_trainable": True, "__reduce_ex__": _reduce}
-    return type(cls.__name__, (cls,), {**namespace, "__module__": cls.__module__})
-
-
-def _reduce(self: Any, protocol: int) -> tuple[Any, ...]:
-    state = object.__reduce_ex__(self, 2)[2]
-    return _new_quantiser, (type(self).__mro__[1],), state
-
-
-def _new_quantiser(cls: type) -> Any:
-    made = _trainable_class(cls)
-    return object.__new__(made)
-
-
-def _keep_packed_weights_trainable(model: nn.Module) -> None:
-    """Keep bitsandbytes' 4-bit linears from their CPU layout for inference.
-
-    They change to it at the first evaluation on an AVX-512 machine, never back, and it has no
-    backward: the layers below would silently learn from half of their gradient.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # pyright: ignore
 
 
 def _refuse_to_resize(what: str, *args: Any, **kwargs: Any) -> Any:

@@ -112,7 +112,7 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
         f"{fqn}.{child}."
         for fqn, module in modules.items()
         if isinstance(module, LoRAMixin)
-        for child in ("lora_a", "lora_b", "dropout", "adapter")
+        for child in ("lora_a", "lora_b", "lora_start", "lora_magnitude", "dropout", "adapter")
     ) + tuple(f"{fqn}." for fqn, module in modules.items() if isinstance(module, TokenRows))
     return {fqn: module for fqn, module in modules.items() if not f"{fqn}.".startswith(own)}
 

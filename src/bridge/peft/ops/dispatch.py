@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +19,13 @@ from bridge.peft.ops.fused import (
     add_forward,
     linear_forward,
 )
-from bridge.peft.ops.products import Branch
+from bridge.peft.ops.magnitude import RescaleFunction, rescale_forward
+from bridge.peft.ops.products import Branch, contract
 from bridge.peft.ops.reference import (
     add_in_base_dtype,
     lora_branch_reference,
     lora_linear_reference,
+    rescale_reference,
 )
 from bridge.peft.tensors import is_plain
 
@@ -47,7 +50,7 @@ _AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
 _FUSED = ComputePath("fused", "plain linear: the branch is added into its result")
 _BRANCH = ComputePath("branch", "the base's own forward, then the branch")
 _COMPILED = ComputePath("reference", "compiled: the compiler fuses the plain formula itself")
-_FROZEN = ComputePath("reference", "A or B is frozen, so the plain formula saves less")
+_FROZEN = ComputePath("reference", "B is frozen, so the plain formula saves less")
 _OBSERVED = ComputePath("reference", "a dispatch mode looks on, which must see no writes in place")
 _TRACED = ComputePath("reference", "traced: a trace holds no autograd functions")
 _TRANSFORMED = ComputePath("reference", "inside torch.func or a forward-mode derivative")
@@ -56,7 +59,7 @@ _TRANSFORMED = ComputePath("reference", "inside torch.func or a forward-mode der
 def choose_path(
     *tensors: Tensor | None,
     plain_linear: bool = True,
-    trains_a_and_b: bool = True,
+    trains_b: bool = True,
 ) -> ComputePath:
     """Say which path computes a layer, and why.
 
@@ -64,7 +67,7 @@ def choose_path(
         tensors: What the branch, and a plain base, compute with, as far as it is known: in a call
             x and all weights; ahead of it the weights alone. Not the weight of another base.
         plain_linear: Whether the base is ``F.linear(x, weight, bias)`` and nothing else.
-        trains_a_and_b: Whether both A and B want gradients, or gradients are off altogether.
+        trains_b: Whether B wants gradients, or gradients are off altogether; A may be frozen.
     """
     for t in tensors:
         if t is not None and not is_plain(t):
@@ -79,7 +82,7 @@ def choose_path(
         return _TRACED
     if torch._C._len_torch_dispatch_stack() > 0:
         return _OBSERVED
-    if not trains_a_and_b:
+    if not trains_b:
         return _FROZEN
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return _TRANSFORMED
@@ -107,7 +110,7 @@ def lora_linear(
     """
     x, weight, bias, lora_a, lora_b = _autocast(x, weight, bias, lora_a, lora_b)
     lora_a, lora_b = _for_products(x, lora_a, lora_b)
-    path = choose_path(x, weight, bias, lora_a, lora_b, trains_a_and_b=_trains(lora_a, lora_b))
+    path = choose_path(x, weight, bias, lora_a, lora_b, trains_b=_trains(lora_b))
     if path.name == "reference":
         drop = _reference_dropout(x, lora_b, dropout, dropout_position, path, shard)
         return lora_linear_reference(x, weight, bias, lora_a, lora_b, scale, *drop)
@@ -134,8 +137,7 @@ def lora_add(
     ``shard`` says which mask is drawn, see `draw_seed`.
     """
     x, lora_a, lora_b = cast_for_products(x, lora_a, lora_b)
-    trains = _trains(lora_a, lora_b)
-    path = choose_path(base_out, x, lora_a, lora_b, plain_linear=False, trains_a_and_b=trains)
+    path = choose_path(base_out, x, lora_a, lora_b, plain_linear=False, trains_b=_trains(lora_b))
     if path.name == "reference":
         drop = _reference_dropout(x, lora_b, dropout, dropout_position, path, shard)
         out = lora_branch_reference(x, lora_a, lora_b, scale, *drop)
@@ -156,9 +158,30 @@ def cast_for_products(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor
     return x, *_for_products(x, lora_a, lora_b)
 
 
-def _trains(lora_a: Tensor, lora_b: Tensor) -> bool:
-    """Whether A and B both want gradients, or nothing does."""
-    return not torch.is_grad_enabled() or (lora_a.requires_grad and lora_b.requires_grad)
+def rescale(out: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``c (out - b) + b`` with ``c = m / norm``, DoRA's last step over any base.
+
+    Args as in `rescale_reference`; ``out``, (..., out_features), is never written to.
+    """
+    path = choose_path(out, magnitude, norm, bias, plain_linear=False)
+    if path.name == "reference":
+        return rescale_reference(out, magnitude, norm, bias)
+    if torch.is_grad_enabled():
+        return RescaleFunction.apply(out, magnitude, norm, bias)
+    return rescale_forward(out, magnitude, norm, bias)[0]
+
+
+def project(weight: Tensor, lora_a: Tensor) -> Tensor:
+    """Return ``W Aᵀ``, (out_features, dim), of a dense weight (out_features, in_features)."""
+    lora_a, _ = _for_products(weight, lora_a, lora_a)
+    if choose_path(weight, lora_a, plain_linear=False).name == "reference":
+        return weight.to(lora_a.dtype) @ lora_a.t()
+    return contract(weight, lora_a, None)
+
+
+def _trains(lora_b: Tensor) -> bool:
+    """Whether B wants gradients, or nothing does."""
+    return not torch.is_grad_enabled() or lora_b.requires_grad
 
 
 def _reference_dropout(
@@ -200,6 +223,13 @@ def has_bfloat16(device: str) -> bool:
         device: `"cpu"`, `"cuda"`, …
     """
     return device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Within the context, what is computed on a device keeps its own dtypes."""
+    if not torch._C._is_any_autocast_enabled() or not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:

@@ -1,5 +1,7 @@
 """The LoRA linear as autograd functions that save x, A, B, h and one seed, and nothing larger.
 
+x is for the gradients of A and W; where both are frozen it is not saved.
+
 `products.py` has the products of the branch; here they are joined to a base. `docs/math.md` derives
 the backward, `docs/memory.md` lists what is saved.
 """
@@ -13,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bridge.peft.errors import AdapterError
 from bridge.peft.ops.products import Branch, contract, contract_backward, expand_, expand_backward
 from bridge.peft.ops.reference import lora_branch_reference, lora_linear_reference
 
@@ -24,8 +27,10 @@ class LoRALinearFunction(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         """Return y; the inputs are those of `linear_forward`."""
         y, h = linear_forward(*inputs)
-        *tensors, ctx.branch = inputs
-        ctx.save_for_backward(*tensors, h)
+        x, *tensors, ctx.branch = inputs
+        keeps_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
+        ctx.x_shape = x.shape
+        ctx.save_for_backward(x if keeps_x else None, *tensors, h)
         return y
 
     @staticmethod
@@ -36,14 +41,15 @@ class LoRALinearFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             inputs = (x, weight, bias, lora_a, lora_b)
             return *_differentiable(lora_linear_reference, inputs, needs[:5], dy, ctx), None
-        rows, dy = rows_of(x), rows_of(dy).contiguous()
-        pre, post, s = ctx.branch.masks(rows, lora_b)
+        rows, dy = None if x is None else rows_of(x), rows_of(dy).contiguous()
+        pre, post, s = ctx.branch.masks(_stand_in(dy, lora_a), lora_b)
         dh, db = expand_backward(dy, h, lora_b.t(), s, post)
         dx = dy @ weight if needs[0] else None
         da = contract_backward(rows, dh, lora_a, s, pre, dx)
-        dw = dy.t() @ rows if needs[1] else None
+        dw = dy.t() @ rows if needs[1] and rows is not None else None
         dbias = dy.sum(0) if needs[2] else None
-        return None if dx is None else dx.view(x.shape), dw, dbias, da, db.t(), None
+        da = da if needs[3] else None
+        return None if dx is None else dx.view(ctx.x_shape), dw, dbias, da, db.t(), None
 
 
 class LoRAAddFunction(torch.autograd.Function):
@@ -53,8 +59,9 @@ class LoRAAddFunction(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         """Return y; the inputs are those of `add_forward`."""
         y, h = add_forward(*inputs)
-        _base_out, *tensors, ctx.branch = inputs
-        ctx.save_for_backward(*tensors, h)
+        _base_out, x, *tensors, ctx.branch = inputs
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, *tensors, h)
         return y
 
     @staticmethod
@@ -65,12 +72,13 @@ class LoRAAddFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             inputs = (x, lora_a, lora_b)
             return dy, *_differentiable(lora_branch_reference, inputs, needs, dy, ctx), None
-        rows, dy_rows = rows_of(x), rows_of(dy).contiguous()
-        pre, post, s = ctx.branch.masks(rows, lora_b)
+        rows, dy_rows = None if x is None else rows_of(x), rows_of(dy).contiguous()
+        like = _stand_in(dy_rows, lora_a)
+        pre, post, s = ctx.branch.masks(like, lora_b)
         dh, db = expand_backward(dy_rows, h, lora_b.t(), s, post)
-        dx = torch.zeros_like(rows) if needs[0] else None
+        dx = torch.zeros(like.shape, dtype=ctx.x_dtype, device=like.device) if needs[0] else None
         da = contract_backward(rows, dh, lora_a, s, pre, dx)
-        return dy, None if dx is None else dx.view(x.shape), da, db.t(), None
+        return dy, None if dx is None else dx.view(ctx.x_shape), da, db.t(), None
 
 
 def linear_forward(
@@ -107,6 +115,11 @@ def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
+def _stand_in(dy: Tensor, lora_a: Tensor) -> Tensor:
+    """A tensor of the shape of x's rows, (tokens, in_features), that takes no memory."""
+    return lora_a.new_empty(()).expand(dy.shape[0], lora_a.shape[1])
+
+
 def rows_of(x: Tensor) -> Tensor:
     """Return x, (..., features), as a matrix of tokens, (tokens, features)."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -122,7 +135,12 @@ def _differentiable(
     """Return the gradients by the reference formula, so that they can be differentiated again."""
     branch: Branch = ctx.branch
     x, lora_b = inputs[0], inputs[-1]
-    assert x is not None and lora_b is not None
+    assert lora_b is not None
+    if x is None:
+        raise AdapterError(
+            "second derivatives need the input, which is not kept where A is frozen; train A too "
+            "(requires_grad_(True) on lora_a)"
+        )
     p, kept = 0.0, None
     for mask in branch.masks(rows_of(x), lora_b)[:2]:
         if mask is not None:

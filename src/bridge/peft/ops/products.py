@@ -60,22 +60,27 @@ def contract(x: Tensor, a: Tensor, mask: SeededMask | None) -> Tensor:
 
 
 def contract_backward(
-    x: Tensor, dh: Tensor, a: Tensor, s: float, mask: SeededMask | None, dx: Tensor | None
-) -> Tensor:
+    x: Tensor | None, dh: Tensor, a: Tensor, s: float, mask: SeededMask | None, dx: Tensor | None
+) -> Tensor | None:
     """Add ``s dh a``, masked, into dx in place, where there is one, and return ``s dhᵀ x``.
 
     dh, (tokens, dim), is the gradient of `contract`'s result over s; the result that of ``a``.
+    Without x, where ``a`` is frozen, there is none.
     """
-    if mask is None and x.dtype == a.dtype:
+    wide = dx if x is None else x
+    if wide is None:
+        return None
+    if mask is None and wide.dtype == a.dtype:
         if dx is not None:
             dx.addmm_(dh, a, alpha=s)
-        return _outer(dh, x, a, s)
+        return None if x is None else _outer(dh, x, a, s)
     total = _Sum()
-    for kept, x_, dh_, dx_ in _blocks(a, mask, x, dh, x if dx is None else dx):
+    for kept, x_, dh_, dx_ in _blocks(a, mask, wide, dh, wide if dx is None else dx):
         if dx is not None:
             _add_product_(dx_, dh_, a, s, kept)
-        total.add(_outer(dh_, _masked(x_, a, kept), a, s))
-    return total.value.to(a.dtype)
+        if x is not None:
+            total.add(_outer(dh_, _masked(x_, a, kept), a, s))
+    return None if x is None else total.value.to(a.dtype)
 
 
 def expand_(y: Tensor, h: Tensor, a: Tensor, s: float, mask: SeededMask | None) -> None:
@@ -101,14 +106,19 @@ def expand_backward(
     return _cat(dhs), total.value.to(a.dtype)
 
 
+def row_slices(wide: Tensor, dtype: torch.dtype) -> Iterator[slice]:
+    """Cut (tokens, features) into blocks of rows, at least one, of a size that is fast."""
+    size = _BLOCK_BYTES.get(wide.device.type, _BLOCK_BYTES_ON_DEVICE)
+    step = max(1, size // (wide.shape[1] * dtype.itemsize))
+    for start in range(0, max(1, wide.shape[0]), step):
+        yield slice(start, start + step)
+
+
 def _blocks(
     a: Tensor, mask: SeededMask | None, wide: Tensor, *others: Tensor
 ) -> Iterator[tuple[Any, ...]]:
     """Yield blocks of rows: the mask, as wide as elements of ``a``, and those of the tensors."""
-    size = _BLOCK_BYTES.get(wide.device.type, _BLOCK_BYTES_ON_DEVICE)
-    step = max(1, size // (a.shape[1] * a.element_size()))
-    for start in range(0, max(1, wide.shape[0]), step):
-        rows = slice(start, start + step)
+    for rows in row_slices(wide, a.dtype):
         block = wide[rows]
         kept = None if mask is None else mask.of(rows, block, a.dtype)
         yield kept, block, *(t[rows] for t in others)

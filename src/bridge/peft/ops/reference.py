@@ -86,6 +86,51 @@ def lora_lookup_reference(
     return F.linear(rows * scale, lora_b)
 
 
+def dora_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor,
+    scale: float,
+    dropout: float = 0.0,
+    dropout_position: str = "post",
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Return ``m / |W + s B A| * (W x + s B A x) + b``, the norms by rows and dense.
+
+    Args as in `lora_linear_reference`; magnitude m is (out_features,). No gradient flows through
+    the norm (section 4.3 of the paper), and the base's own product sees no dropout.
+
+    Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024 (arXiv:2402.09353).
+    """
+    norm = torch.linalg.vector_norm(weight + scale * lora_b @ lora_a, dim=1).detach()
+    drop = dropout, dropout_position, mask
+    out = lora_linear_reference(x, weight, bias, lora_a, lora_b, scale, *drop)
+    return rescale_reference(out, magnitude, norm, bias)
+
+
+def rescale_reference(out: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``c (out - b) + b`` with ``c = m / norm``, in the dtype of ``out``.
+
+    Written as ``c out + (1 - c) b``, so that it is ``out``, bit for bit, where c is 1.
+
+    Args:
+        out: (..., out_features), with the bias in it, if there is one.
+        magnitude: m, (out_features,).
+        norm: (out_features,), of which no gradient is taken. Where it is 0 the row of ``out`` is
+            the bias whatever c is, and c is 1.
+        bias: (out_features,) or None.
+    """
+    norm = norm.detach()
+    if magnitude.itemsize == 2:  # m was rounded so when it started as the norm
+        norm = norm.to(magnitude.dtype).to(norm.dtype)
+    factor = torch.where(norm > 0, magnitude / norm.where(norm > 0, 1), 1)
+    scaled = out * factor if bias is None else out * factor + (1 - factor) * bias
+    return scaled.to(out.dtype)
+
+
 def add_in_base_dtype(base_out: Tensor, branch: Tensor) -> Tensor:
     """Return ``base_out + branch`` in the dtype of ``base_out``, rounded once."""
     return (base_out + branch).to(base_out.dtype)

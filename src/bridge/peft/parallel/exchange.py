@@ -138,8 +138,8 @@ def exchanged_lora_add(
     x, lora_a, lora_b = cast_for_products(x, lora_a, lora_b)
     tokens = rows_of(base_out).shape[0]
     drop = Dropped.of(x, base_out.shape[-1], tokens, dropout, position, exchange)
-    trains = not torch.is_grad_enabled() or (lora_a.requires_grad and lora_b.requires_grad)
-    path = choose_path(base_out, x, lora_a, lora_b, plain_linear=False, trains_a_and_b=trains)
+    trains = not torch.is_grad_enabled() or lora_b.requires_grad
+    path = choose_path(base_out, x, lora_a, lora_b, plain_linear=False, trains_b=trains)
     if path.name == "reference":
         branch = exchanged_branch_reference(x, lora_a, lora_b, scale, exchange, drop)
         return add_in_base_dtype(base_out, branch)
@@ -212,6 +212,7 @@ class _ExchangedLoRAAdd(torch.autograd.Function):
         dh = exchange.moved(dh, exchange.dh)
         dx = torch.zeros_like(rows) if ctx.needs_input_grad[1] else None
         da = contract_backward(rows, dh, a, s, drop.pre, dx)
+        assert da is not None
         if exchange.sums_a:
             da = exchange.summed(da)
         if exchange.sums_b:

@@ -72,9 +72,12 @@ def gathered(tensors: Iterable[Tensor], layout: Layout) -> int:
 def branch_activations(shapes: Shapes, layout: Layout, block: str) -> int:
     """Bytes that branches keep for backward: x where the base keeps none, h, and casts of A and B.
 
-        x   N · in · b        once for linears that read the same; in / T where inputs are split
+        x   N · in · b        once for linears that read the same; in / T where inputs are split;
+                              none where A is frozen
         h   N · r · b_h       for each branch; every rank of a tensor parallel group has all of it
         A, B in bfloat16      where float32 ones are multiplied with bfloat16 activations
+        v   N · out · b       of DoRA: the output before it is rescaled
+        start                 h once more, and A and B beside it in one tensor each
 
     Linears read the same x if they have the same parent, width and style of splitting. What the
     base keeps anyway is not counted again: the output of fused attention, which `o_proj` reads.
@@ -87,15 +90,25 @@ def branch_activations(shapes: Shapes, layout: Layout, block: str) -> int:
     """
     reads: dict[tuple[str, int, str | None], int] = {}
     total = 0
-    for tensor in (t for t in shapes.groups[block] if t.adapter):
+    branches = [t for t in shapes.groups[block] if t.adapter]
+    with_start = {t.module for t in branches if t.fqn.endswith("lora_start.a")}
+    for tensor in branches:
+        if len(tensor.shape) == 1:
+            total += layout.tokens * tensor.shape[0] * shapes.itemsize
+            continue
         if shapes.half and tensor.itemsize > _HALF:
             total += tensor.bytes(layout.tp) * _HALF // tensor.itemsize
+        elif tensor.module in with_start:
+            total += tensor.bytes(layout.tp)
+        if tensor.fqn.endswith("lora_start.a"):
+            total += layout.tokens * tensor.shape[0] * _h_itemsize(shapes, tensor)
         if not tensor.fqn.endswith("lora_a.weight"):
             continue
         dim, width = tensor.local(layout.tp)
         parent, _, name = tensor.module.rpartition(".")
         total += layout.tokens * dim * _h_itemsize(shapes, tensor)
-        if not (name == "o_proj" and shapes.has_attention(block)):
+        # the joined A wants a gradient as A itself does
+        if tensor.trained and not (name == "o_proj" and shapes.has_attention(block)):
             key = (parent, tensor.shape[1], shapes.style_of(tensor.module))
             reads[key] = layout.tokens * width * shapes.itemsize
     return total + sum(reads.values())

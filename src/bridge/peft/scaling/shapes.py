@@ -46,7 +46,7 @@ class Tensor:
         shape: The whole of it, as it is stored.
         itemsize: Bytes of an element.
         style: How tensor parallel ranks split it, a value of `STYLES`; None: all hold all of it.
-        adapter: Whether it is an A or a B.
+        adapter: Whether it is a branch's own: A, B, a start, DoRA's magnitude.
         trained: Whether it gets a gradient.
     """
 
@@ -204,6 +204,11 @@ def shapes_of(plan: Plan, model: nn.Module, tp: int) -> Shapes:
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     if tp > 1:
         _check_split(root, styles, config, tp)
+        if any(row.magnitudes or row.subtracts for row in plan.rows):
+            raise AdapterError(
+                "DoRA, and a start out of the base's weight, are not shared among tensor parallel "
+                "ranks; pass --tp 1"
+            )
     tensors, shared = _tensors(plan, root, styles)
     floating = [p.dtype for p in root.parameters() if p.is_floating_point()]
     dtype = floating[0] if floating else torch.float32
@@ -243,24 +248,34 @@ def _tensors(
 
 
 def _matrices(row: PlanRow, style: str | None) -> list[Tensor]:
-    """A and B of a linear: the one on the side that the base splits is split alike."""
-    common: dict[str, Any] = {"itemsize": row.dtype.itemsize, "adapter": True, "trained": True}
-    a, b = f"{row.fqn}.lora_a.weight", f"{row.fqn}.lora_b.weight"
-    splits_b = style in ("column", "head")
-    return [
+    """A and B of a linear: the one on the side that the base splits is split alike.
+
+    Behind them a frozen start that is subtracted, and DoRA's magnitude, which are never split.
+    """
+    common: dict[str, Any] = {"itemsize": row.dtype.itemsize, "adapter": True}
+    shapes = {"a": (row.dim, row.in_features), "b": (row.out_features, row.dim)}
+    styles = {
+        "a": style if style == "row" else None,
+        "b": style if style in ("column", "head") else None,
+    }
+    trained = {"a": row.trains_a, "b": True}
+    found = [
         Tensor(
-            fqn=a,
-            shape=(row.dim, row.in_features),
-            style=style if style == "row" else None,
+            fqn=f"{row.fqn}.lora_{which}.weight",
+            shape=shape,
+            style=styles[which],
+            trained=trained[which],
             **common,
-        ),
-        Tensor(
-            fqn=b,
-            shape=(row.out_features, row.dim),
-            style=style if splits_b else None,
-            **common,
-        ),
+        )
+        for which, shape in shapes.items()
     ]
+    if row.subtracts:
+        start = f"{row.fqn}.lora_start"
+        found += [Tensor(fqn=f"{start}.{w}", shape=shape, **common) for w, shape in shapes.items()]
+    if row.magnitudes:
+        name = f"{row.fqn}.lora_magnitude.weight"
+        found.append(Tensor(fqn=name, shape=(row.out_features,), trained=True, **common))
+    return found
 
 
 def _styled(fqn: str, styles: Mapping[str, str]) -> str | None:

@@ -5,6 +5,7 @@ from bridge.peft.branch.kinds.conv1d import Conv1DAdapter
 from bridge.peft.branch.kinds.embedding import EmbeddingAdapter
 from bridge.peft.branch.kinds.linear import LinearAdapter
 from bridge.peft.branch.kinds.megatron import MegatronLinearAdapter
+from bridge.peft.branch.kinds.packed import PackedLinearAdapter
 from bridge.peft.branch.kinds.transformer_engine import TELinearAdapter
 from bridge.peft.branch.mixin import LoRAMixin
 
@@ -14,6 +15,7 @@ KINDS: tuple[type[LoRAMixin], ...] = (
     TELinearAdapter,
     Conv1DAdapter,
     LinearAdapter,
+    PackedLinearAdapter,
     EmbeddingAdapter,
     ConvAdapter,
 )

@@ -11,6 +11,7 @@ class Conv1DAdapter(LoRAMixin):
     """Conv1D + LoRA; known by the class's name, so that transformers need not be imported."""
 
     transposed = True
+    takes_functions = True
     input_name = "x"
 
     @classmethod

@@ -57,8 +57,11 @@ class EmbeddingAdapter(LoRAMixin):
 
     @classmethod
     def init_methods(cls, options: BranchOptions) -> tuple[str, str]:
-        """A is zero and B is drawn, so that only what is looked up in training changes."""
-        return "zeros", "normal"
+        """A is zero and B is drawn, so that only what is looked up in training changes.
+
+        With A frozen (LoRA-FA) it is the other way round, or nothing could be learnt.
+        """
+        return super().init_methods(options) if options.freeze_a else ("zeros", "normal")
 
     def sample_input(self, rows: int) -> Tensor:
         """Some tokens, but not the one that gets no gradient."""

@@ -12,6 +12,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from bridge.peft.branch.mixin import LoRAMixin, Start
 from bridge.peft.branch.options import BranchOptions, DropoutPosition, InitMethod
+from bridge.peft.branch.quantised.input_gradients import no_gradient_reason
+from bridge.peft.branch.quantised.table import format_of
 from bridge.peft.branch.sharding import FollowsSharding, is_distributed, place_branch
 from bridge.peft.errors import UnsupportedLinearError
 from bridge.peft.ops.dispatch import lora_linear
@@ -44,13 +46,21 @@ class LinearAdapter(LoRAMixin, FollowsSharding, nn.Linear):
     base_type = nn.Linear
     copies = "a plain nn.Linear"
     plain_forward = True
+    takes_functions = True
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
         """As the mixin's; and the one linear of torch that is never called."""
         if type(module) is NonDynamicallyQuantizableLinear:
             return "nn.MultiheadAttention reads its weight and never calls its forward"
-        return super().refusal(module) or _own_forward_reason(module)
+        if not hasattr(module, "weight"):
+            held = ", ".join(module._parameters) or "nothing"
+            return f"it has no weight, but {held}; load the model with its weights decompressed"
+        if reason := super().refusal(module):
+            return reason
+        if (form := format_of(module)) is not None:
+            return no_gradient_reason(module, form)
+        return _own_forward_reason(module)
 
     @classmethod
     def sharded_refusal(cls, module: nn.Module) -> str | None:
@@ -105,14 +115,15 @@ class LinearAdapter(LoRAMixin, FollowsSharding, nn.Linear):
         if not (compute := self._one_function(x)):
             return super().forward(x)
         self.note_call()
-        a, b = self.lora_a.weight, self.lora_b.values
+        a, b = self.factors()
         drop = self.dropout_now(), self.dropout_position
-        return compute(x, self.base_weight, self.bias, a, b, self.scale, *drop)
+        out = compute(x, self.base_weight, self.bias, a, b, self.scale, *drop)
+        return self.finished(out, a, b)
 
     def is_linear(self) -> bool:
         """Whether the base computes `W x + b`, as a subclass with its own forward need not."""
         weight = self.base_weight
-        if self.plain_forward or not is_plain(weight):
+        if self.plain_forward or not is_plain(weight) or format_of(self) is not None:
             return True
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(_ROWS, self.in_features, generator=generator).to(weight)

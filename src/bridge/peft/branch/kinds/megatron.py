@@ -60,6 +60,7 @@ class MegatronLoRA(nn.Module):
         self.linear_in = ShardedMatrix(
             n_in, dim, method, self.layout.a, seed=seed, values=a, **placed
         )
+        self.linear_in.requires_grad_(not options.freeze_a)
         self.linear_out = ShardedMatrix(dim, n_out, "zeros", self.layout.b, values=b, **placed)
         self._generators_are_alike = False
 

@@ -50,9 +50,10 @@ class ReadLinearAdapter(LinearAdapter):
     """`LinearAdapter` for code that takes `layer.weight` into a product of its own.
 
     Called, it computes as a `LinearAdapter` does. Read while one of its readers runs,
-    `layer.weight` is the dense `W + s · B A`, (out_features, in_features), so that the branch takes
-    part and A and B get their gradients; dropout does not act there. To everybody else (sharding,
-    quantising, offloading, whoever writes it) it is W, the parameter. The checkpoint's names stay.
+    `layer.weight` is the dense `W + s · B A`, (out_features, in_features), its rows rescaled with
+    DoRA, so that the branch takes part and A and B get their gradients; dropout does not act there.
+    To everybody else (sharding, quantising, offloading, whoever writes it) it is W, the parameter.
+    The checkpoint's names stay.
     """
 
     @classmethod
@@ -80,11 +81,14 @@ class ReadLinearAdapter(LinearAdapter):
         if base.is_meta:  # offloaded, or not loaded yet
             return base
         if self.has_hooks_on_a_or_b():  # which bring the weights of A and B when they are called
-            rows = torch.eye(self.in_features, dtype=self.branch_dtype, device=base.device)
-            update = self.lora_b(self.lora_a(rows)).t()
+            a, b = self.called_a_and_b()
         else:
-            update = self.lora_b.values @ self.lora_a.weight
-        return (base + self.scale * update).to(base.dtype)
+            a, b = self.factors()
+        total = base + self.scale * (b @ a)
+        if self.magnitude is not None:
+            norm = self.magnitude.norm(self, a, b, self.scale)
+            total = self.magnitude(total.t(), norm, None).t()
+        return total.to(base.dtype)
 
     def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # not `super()`'s, which would read the weight with the branch in it

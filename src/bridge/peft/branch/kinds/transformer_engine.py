@@ -41,6 +41,7 @@ class TELinearAdapter(LoRAMixin, TELinear):
     base_type = TELinear
     copies = "a te.Linear"
     input_name = "inp"
+    takes_functions = True
     _base_is_running = False
 
     @classmethod
@@ -92,8 +93,13 @@ class TELinearAdapter(LoRAMixin, TELinear):
         finally:
             self._base_is_running = False
 
+    def bias_in_output(self) -> Tensor | None:
+        """As the mixin's; none where the bias is returned beside the output, or there is none."""
+        return self.bias if self.use_bias and not self.return_bias else None
+
     def weight_was_written(self) -> None:
         """Forget the fp8 copies of the weight that Transformer Engine caches."""
+        super().weight_was_written()
         if workspaces := getattr(self, "_fp8_workspaces", None):
             workspaces.clear()
 

@@ -122,6 +122,11 @@ def check_nothing_whole(adapter: AdapterFile, tool: str) -> None:
             f"token rows of {next(iter(adapter.tokens))} are trained, which an adapter of {tool} "
             "cannot hold; save it with the base model"
         )
+    if adapter.magnitudes:
+        raise AdapterError(
+            f"the adapter is DoRA's, whose magnitudes an adapter of {tool} cannot hold; merge it "
+            "into the model (bridge-peft merge)"
+        )
     if adapter.whole:
         raise AdapterError(
             f"{some_names(sorted(adapter.whole))} is saved in full, which an adapter of {tool} "
@@ -168,6 +173,7 @@ def restored(
     scales: Mapping[str, float],
     extra: Mapping[str, Any],
     layout: AttentionLayout | None,
+    magnitudes: Mapping[str, Tensor] | None = None,
     embeddings: Collection[str] = (),
 ) -> AdapterFile:
     """A PEFT adapter out of a foreign file, with its old config where that still holds.
@@ -177,12 +183,14 @@ def restored(
         scales: The factor of each branch.
         extra: The decoded `bridge_adapter.json` of the foreign directory; may be empty.
         layout: The model's, if known: with the number of layers the config can be short.
+        magnitudes: DoRA's, by module.
         embeddings: The modules that are embeddings.
 
     Raises:
         AdapterFileError: Something does not fit.
     """
-    if old := _old_adapter(tensors, scales, extra):
+    magnitudes = dict(magnitudes or {})
+    if not magnitudes and (old := _old_adapter(tensors, scales, extra)):
         return dataclasses.replace(old, embeddings={*embeddings})
     alphas = {fqn: alpha_for(scales[fqn], tensors[fqn][0].shape[0]) for fqn in tensors}
     config = new_config(
@@ -190,8 +198,11 @@ def restored(
         alphas,
         choose_targets(tensors, _other_linears(tensors, layout)),
         lora_dropout=extra.get("dropout", 0.0),
+        use_dora=bool(magnitudes),
     )
-    adapter = AdapterFile(config=config, tensors=tensors, embeddings={*embeddings})
+    adapter = AdapterFile(
+        config=config, tensors=tensors, magnitudes=magnitudes, embeddings={*embeddings}
+    )
     check_adapter(adapter)
     return adapter
 

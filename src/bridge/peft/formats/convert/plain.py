@@ -32,4 +32,4 @@ def from_plain(
     if rest:
         more = f" with {len(rest) - 1} more: neither A nor B" if len(rest) > 1 else ""
         steps.append(Step(name=next(iter(rest)), how=f"left out{more}"))
-    return restored(pairs, scales, extra, None, contents.embeddings), steps
+    return restored(pairs, scales, extra, None, contents.magnitudes, contents.embeddings), steps

@@ -36,6 +36,7 @@ from bridge.peft.formats.peft.keys import KEY_PREFIX, MAX_NAME_LENGTH, split_key
 
 #: The ends of the keys of A and B: of an embedding, and of everything else.
 _SUFFIXES = {True: EmbeddingAdapter.peft_keys, False: LoRAMixin.peft_keys}
+_MAGNITUDE = ".lora_magnitude_vector"
 #: Where PEFT puts the base's own parameters of an adapted module.
 _BASE = ".base_layer."
 
@@ -48,6 +49,7 @@ class AdapterFile:
         config: `adapter_config.json`, as decoded.
         tensors: By fully qualified name: A of shape (rank, in_features) and B of shape
             (out_features, rank).
+        magnitudes: By fully qualified name: DoRA's, (out_features,); empty without DoRA.
         extra: `bridge_adapter.json`: what a PEFT config has no field for; empty without that file.
         whole: Tensors saved whole (`modules_to_save`, `bias`), by their name in the base model.
             Beside an adapted output head PEFT also saves the base's weight of it.
@@ -61,6 +63,7 @@ class AdapterFile:
 
     config: dict[str, Any]
     tensors: dict[str, tuple[Tensor, Tensor]]
+    magnitudes: dict[str, Tensor] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)
     names_in_file: dict[str, str] = field(default_factory=dict)
@@ -180,6 +183,7 @@ def adapter_from(
     assert adapter.parsed  # raises: a config of another method explains strange keys
     contents = split_keys(tensors)
     adapter.tensors.update(contents.pairs)
+    adapter.magnitudes.update(contents.magnitudes)
     adapter.embeddings.update(contents.embeddings)
     adapter.tokens.update(contents.tokens)
     adapter.kernels.update(contents.kernels)
@@ -201,6 +205,7 @@ def check_adapter(adapter: AdapterFile) -> None:
             raise AdapterFileError(f"{fqn[:80]!r} is not a module's name; save the adapter again")
         _check_shapes(parsed, fqn, a, b)
         _check_rows(adapter, fqn, b)
+        _check_magnitude(parsed, fqn, adapter.magnitudes.get(fqn), b)
         if parsed.target_modules is not None and not parsed.is_target(fqn):
             raise AdapterFileError(
                 f"the file has tensors for {fqn}, which target_modules does not match; save the "
@@ -255,6 +260,8 @@ def write_adapter(adapter: AdapterFile, directory: str | Path) -> Path:
             tensors[f"{KEY_PREFIX}{fqn}.{suffix}"] = tensor
     for fqn, rows in adapter.tokens.items():
         tensors[f"{KEY_PREFIX}{fqn}.token_adapter.trainable_tokens_delta"] = rows
+    for fqn, tensor in adapter.magnitudes.items():
+        tensors[f"{KEY_PREFIX}{fqn}{_MAGNITUDE}"] = tensor
     write_files(
         directory,
         {
@@ -318,4 +325,24 @@ def _check_shapes(config: PeftConfig, fqn: str, a: Tensor, b: Tensor) -> None:
         raise AdapterFileError(
             f"{fqn}: the config gives it rank {rank}, the file A {tuple(a.shape)} and B "
             f"{tuple(b.shape)}; save the adapter again"
+        )
+
+
+def _check_magnitude(config: PeftConfig, fqn: str, magnitude: Tensor | None, b: Tensor) -> None:
+    if magnitude is None and config.use_dora:
+        raise AdapterFileError(
+            f"the config says use_dora, and the file has no magnitude for {fqn}; save the adapter "
+            "again"
+        )
+    if magnitude is None:
+        return
+    if not config.use_dora:
+        raise AdapterFileError(
+            f"the file has a magnitude for {fqn} (DoRA), and its config does not say use_dora; "
+            "save the adapter again"
+        )
+    if magnitude.shape != b.shape[:1]:
+        raise AdapterFileError(
+            f"{fqn}: B {tuple(b.shape)} has {b.shape[0]} rows, and the magnitude is "
+            f"{tuple(magnitude.shape)}; save the adapter again"
         )

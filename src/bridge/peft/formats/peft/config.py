@@ -56,6 +56,7 @@ class PeftConfig:
         alpha_pattern: Alphas likewise.
         lora_dropout: Probability that an element of a branch's input is dropped.
         use_rslora: `scale = alpha / sqrt(r)`.
+        use_dora: Each module has a magnitude beside A and B.
         layers_to_transform: Indices of the layers to adapt; empty for all.
         layers_pattern: Names, of dotted parts, of the module lists that hold the layers.
         modules_to_save: Ends of the names of modules that are saved whole.
@@ -73,6 +74,7 @@ class PeftConfig:
     alpha_pattern: Pattern[float]
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
     layers_to_transform: frozenset[int] = frozenset()
     layers_pattern: tuple[str, ...] = ()
     modules_to_save: tuple[str, ...] = ()

@@ -6,7 +6,7 @@ import warnings
 from collections import Counter
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from bridge.peft.branch.kinds.embedding import EmbeddingAdapter
 from bridge.peft.branch.kinds.read_linear import ReadLinearAdapter
@@ -18,6 +18,7 @@ from bridge.peft.formats.peft.config import alpha_for, new_config, scale_of
 from bridge.peft.formats.peft.fingerprint import fingerprint
 from bridge.peft.formats.peft.kernels import kernel_of
 from bridge.peft.formats.peft.names import choose_targets
+from bridge.peft.formats.peft.quantised_base import FIELD, quantised_groups
 from bridge.peft.formats.peft.saved_whole import whole_of
 from bridge.peft.model.participation import check_still_adapted
 from bridge.peft.model.walk import (
@@ -57,31 +58,35 @@ def adapter_of(model: nn.Module) -> AdapterFile:
     if exceptions:
         extra["exceptions"] = exceptions
     extra["base"] = fingerprint(layers)
+    magnitudes = _magnitudes(layers)
+    if groups := quantised_groups(root):
+        extra[FIELD] = groups
     whole, whole_fields = whole_of(root, layers, others)
     tokens = _token_rows(root)
     if tokens:
         indices = {fqn: list(module.rows.tokens) for fqn, module in tokens.items()}
         whole_fields["trainable_token_indices"] = indices
     config = new_config(
-        {fqn: layer.dim for fqn, layer in layers.items()},
+        {fqn: file_rank(layer) for fqn, layer in layers.items()},
         alphas,
         choose_targets(layers, others),
         lora_dropout=dropout,
         use_rslora=use_rslora,
+        use_dora=bool(magnitudes),
         fan_in_fan_out=_fan_in_fan_out(layers),
         base_model_name_or_path=getattr(getattr(root, "config", None), "_name_or_path", None)
         or None,
         task_type=_task_type(root),
         **whole_fields,
     )
-    tensors = {fqn: (layer.lora_a.whole(), layer.lora_b.whole()) for fqn, layer in layers.items()}
-    embeddings = {f for f, m in layers.items() if isinstance(m, EmbeddingAdapter)}
+    tensors = {fqn: layer.whole_factors() for fqn, layer in layers.items()}
     return AdapterFile(
         config=config,
         tensors=tensors,
+        magnitudes=magnitudes,
         extra=extra,
         whole=whole,
-        embeddings=embeddings,
+        embeddings={f for f, m in layers.items() if isinstance(m, EmbeddingAdapter)},
         kernels={fqn: k for fqn, m in layers.items() if (k := kernel_of(m)) is not None},
         tokens={fqn: full_tensor(m.rows.weight) for fqn, m in tokens.items()},
     )
@@ -126,6 +131,31 @@ def _fan_in_fan_out(layers: dict[str, LoRAMixin]) -> bool:
     return bool(turned) and all(turned)
 
 
+def file_rank(layer: LoRAMixin) -> int:
+    """The rank of a layer's update in a file, in which a start is subtracted by more of A and B.
+
+    Args:
+        layer: An adapted layer.
+    """
+    return layer.dim if layer.start is None else 2 * layer.dim
+
+
+def _magnitudes(layers: dict[str, LoRAMixin]) -> dict[str, Tensor]:
+    """DoRA's magnitudes: of all layers, or of none."""
+    found = {f: m.magnitude for f, m in layers.items() if m.magnitude is not None}
+    if without := [fqn for fqn in layers if found and fqn not in found]:
+        raise AdapterError(
+            f"{without[0]} has no magnitude and {next(iter(found))} has one (DoRA), and PEFT files "
+            "have one flag for all modules; adapt them alike"
+        )
+    if unset := [fqn for fqn, magnitude in found.items() if not magnitude.is_set]:
+        raise AdapterError(
+            f"the magnitude of {unset[0]} (DoRA) has no values; load the base weights, or call "
+            "reset_magnitude() of the layer"
+        )
+    return {fqn: m for fqn, layer in layers.items() if (m := layer.whole_magnitude()) is not None}
+
+
 def _warn_of_read(layers: dict[str, LoRAMixin], head: nn.Module | None) -> None:
     """Say which branches other readers of the file leave out: they know no weight that is read."""
     read = [f for f, m in layers.items() if isinstance(m, ReadLinearAdapter) and m is not head]
@@ -142,8 +172,8 @@ def _scaling(layers: dict[str, LoRAMixin]) -> tuple[bool, dict[str, float]]:
     use_rslora = all(m.branch_options.use_rslora for m in layers.values())
     return use_rslora, {
         fqn: layer.alpha
-        if layer.scale == scale_of(layer.alpha, layer.dim, use_rslora)
-        else alpha_for(layer.scale, layer.dim, use_rslora)
+        if layer.scale == scale_of(layer.alpha, file_rank(layer), use_rslora)
+        else alpha_for(layer.scale, file_rank(layer), use_rslora)
         for fqn, layer in layers.items()
     }
 
@@ -154,6 +184,7 @@ def _branch(layer: LoRAMixin) -> dict[str, Any]:
         "dropout_position": layer.dropout_position,
         "rows": layer.branch_options.rows,
         "lora_A_init_method": layer.branch_options.lora_A_init_method,
+        "freeze_a": layer.branch_options.freeze_a,
     }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+from bridge.peft.branch.functions.starts import START_METHODS, is_start
 from bridge.peft.branch.initializers import A_INITIALIZERS
 from bridge.peft.branch.options import DropoutPosition, are_ranges
 from bridge.peft.errors import AdapterFileError
@@ -14,15 +15,18 @@ from bridge.peft.formats.files.atomic import current_path
 from bridge.peft.formats.files.untrusted import EXTRA_NAME, checked_path, read_json
 from bridge.peft.formats.peft.fields import is_dropout
 from bridge.peft.formats.peft.fingerprint import check_stored
+from bridge.peft.formats.peft.quantised_base import read_groups
 
 _CHOICES = {
     "dropout_position": get_args(DropoutPosition),
-    "lora_A_init_method": tuple(A_INITIALIZERS),
+    "lora_A_init_method": (*A_INITIALIZERS, *START_METHODS),
+    "freeze_a": (False, True),
 }
 #: What holds for an adapter that PEFT made.
 DEFAULTS: dict[str, Any] = {
     "dropout_position": "pre",
     "lora_A_init_method": "uniform",
+    "freeze_a": False,
     "rows": None,
 }
 
@@ -50,6 +54,7 @@ def check_extra(extra: Mapping[str, Any]) -> None:
     """
     _check_branch(extra, "")
     check_stored(extra.get("base", {}))
+    read_groups(extra)
     exceptions = extra.get("exceptions", {})
     if not isinstance(exceptions, dict):
         raise _wrong("exceptions", exceptions, "an object")
@@ -60,7 +65,7 @@ def check_extra(extra: Mapping[str, Any]) -> None:
 
 
 def branch_settings(extra: Mapping[str, Any], fqn: str, dropout: float) -> dict[str, Any]:
-    """`dropout`, `dropout_position`, `lora_A_init_method` and `rows` of one module.
+    """`dropout`, `dropout_position`, `lora_A_init_method`, `freeze_a` and `rows` of one module.
 
     Args:
         extra: The decoded file, checked.
@@ -77,7 +82,10 @@ def branch_settings(extra: Mapping[str, Any], fqn: str, dropout: float) -> dict[
 
 def _check_branch(branch: Mapping[str, Any], where: str) -> None:
     for name, choices in _CHOICES.items():
-        if (value := branch.get(name, choices[0])) not in choices:
+        value = branch.get(name, choices[0])
+        if isinstance(value, str) and name == "lora_A_init_method" and is_start(value):
+            continue
+        if value not in choices:
             raise _wrong(where + name, value, " or ".join(repr(choice) for choice in choices))
     if (rows := branch.get("rows")) is not None and not are_ranges(rows):
         raise _wrong(f"{where}rows", rows, "(first, end) of rows of B in ascending order")

@@ -41,7 +41,6 @@ _REFUSED = {
     "monteclora_config": "Monte Carlo LoRA",
     "target_parameters": "adapters on parameters that are not a linear's weight",
     "use_bdlora": "block-diagonal LoRA",
-    "use_dora": "DoRA",
     "use_qalora": "QALoRA",
     "velora_config": "VeLoRA",
 }
@@ -106,6 +105,7 @@ _VALUES: dict[str, _Check] = {
     "lora_alpha": _ALPHA,
     "lora_dropout": (is_dropout, "a number in [0, 1)"),
     "use_rslora": _FLAG,
+    "use_dora": _FLAG,
     "bias": (_is_bias, "'none', 'lora_only' or 'all'"),
     "fan_in_fan_out": _FLAG,
 }

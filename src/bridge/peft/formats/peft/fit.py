@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from bridge.peft.branch.functions.starts import is_subtracted
 from bridge.peft.branch.kinds import Conv1DAdapter, LinearAdapter
 from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.branch.options import BranchOptions
@@ -19,7 +20,8 @@ from bridge.peft.errors import (
     TargetError,
 )
 from bridge.peft.formats.peft.adapter_file import AdapterFile
-from bridge.peft.formats.peft.config import PeftConfig
+from bridge.peft.formats.peft.config import PeftConfig, alpha_for
+from bridge.peft.formats.peft.describe import file_rank
 from bridge.peft.formats.peft.extra import branch_settings
 from bridge.peft.formats.peft.kernels import kernel_of
 from bridge.peft.formats.peft.names import common_part
@@ -153,7 +155,18 @@ def _check_same_adapter(
             raise AlreadyAdaptedError(f"{fqn} wraps its base in {type(module).__name__}; {fix}")
         if module.merged:
             raise AlreadyAdaptedError(f"{fqn} is merged; unmerge(model) before loading")
-        have, wanted = (module.dim, module.scale), (adapter.rank(fqn), adapter.scale(fqn))
+        if (module.magnitude is not None) != adapter.parsed.use_dora:
+            raise AlreadyAdaptedError(
+                f"{fqn} and the file differ in DoRA (use_dora), which adds a magnitude; {fix}"
+            )
+        name = adapter.name_in_file(fqn)
+        method = branch_settings(adapter.extra, name, 0.0)["lora_A_init_method"]
+        if (module.start is not None) != is_subtracted(method):
+            raise AlreadyAdaptedError(
+                f"{fqn} and the file differ in their start ({method} in the file), half of which "
+                f"is subtracted; {fix}"
+            )
+        have, wanted = (file_rank(module), module.scale), (adapter.rank(fqn), adapter.scale(fqn))
         if have != wanted:
             raise AlreadyAdaptedError(
                 f"{fqn} has rank {have[0]} and scale {have[1]:g}, in the file rank {wanted[0]} and "
@@ -203,11 +216,21 @@ def _options(adapter: AdapterFile, fqn: str, lora_dtype: torch.dtype | None) -> 
     a, b = adapter.tensors[fqn]
     name = adapter.name_in_file(fqn)
     settings = branch_settings(adapter.extra, name, adapter.parsed.lora_dropout)
+    dim, alpha = adapter.rank(fqn), adapter.alpha(fqn)
+    if is_subtracted(settings["lora_A_init_method"]):
+        if dim % 2:
+            raise AdapterFileError(
+                f"{fqn}: bridge_adapter.json says {settings['lora_A_init_method']}, and half of a "
+                f"rank of {dim} would be its start; save the adapter again"
+            )
+        dim //= 2
+        alpha = alpha_for(adapter.scale(fqn), dim, adapter.parsed.use_rslora)
     return BranchOptions(
-        dim=adapter.rank(fqn),
-        alpha=adapter.alpha(fqn),
+        dim=dim,
+        alpha=alpha,
         lora_dtype=lora_dtype or sound_dtype(torch.promote_types(a.dtype, b.dtype)),
         use_rslora=adapter.parsed.use_rslora,
+        use_dora=adapter.parsed.use_dora,
         **settings,
     )
 

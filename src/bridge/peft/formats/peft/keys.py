@@ -5,6 +5,7 @@ base_model.model.….q_proj.lora_A.weight   as PEFT saves it
 ….q_proj.lora_a.weight                    ours (`adapter_state_dict`), Automodel's
 ….embed_tokens.lora_embedding_A           an embedding's, as PEFT saves it
 ….embed_tokens.token_adapter.trainable_tokens_delta   new values of some rows of an embedding
+….q_proj.lora_magnitude_vector            DoRA's magnitude; ours is ….lora_magnitude.weight
 ….q_proj[.adapter].linear_in.weight       of the layers in version 0.2 of Megatron-Bridge
 
 Keys are cut at their ends only, so modules may be called `lora_A`, `weight` or `base_model`.
@@ -38,10 +39,11 @@ _SPELLINGS = tuple(
         r"(?:\.adapter)?\.linear_(?P<half>in|out)",
     )
 )
+#: DoRA's magnitude as PEFT saves it, as in a live PEFT model, and ours.
+_MAGNITUDE = re.compile(r"(?P<fqn>.+?)\.lora_magnitude(?:_vector(?:\.[^.]+)??)?(?:\.weight)?")
 _LETTERS = {"in": "A", "out": "B"}
 #: In the keys of adapters that compute something else, and what that is.
 _OTHER_KINDS = {
-    ".lora_magnitude_vector": "DoRA",
     ".lora_B.bias": "a bias on B",
 }
 #: Modules that may be one and the same matrix, by the last component of their names.
@@ -109,6 +111,7 @@ class Contents:
 
     Attributes:
         pairs: A and B by module.
+        magnitudes: DoRA's, by module.
         embeddings: Those of the modules that are embeddings.
         tokens: New rows of embeddings, by module.
         kernels: How A and B of convolutions are shaped in the file, by module.
@@ -116,6 +119,7 @@ class Contents:
     """
 
     pairs: dict[str, tuple[Tensor, Tensor]]
+    magnitudes: dict[str, Tensor]
     embeddings: set[str]
     tokens: dict[str, Tensor]
     kernels: dict[str, Kernel]
@@ -164,8 +168,10 @@ def split_keys(tensors: Mapping[str, Tensor]) -> Contents:
     for fqn, half in kernels.items():
         a, b, shapes[fqn] = flattened(fqn, half["A"], half["B"])
         pairs[fqn] = a, b
+    named = {m["fqn"]: name for name in rest if (m := _MAGNITUDE.fullmatch(name))}
     return Contents(
         pairs,
+        {fqn: rest.pop(name) for fqn, name in named.items() if fqn in pairs},
         {m["fqn"] for m in found.values() if _is_of_embedding(m)},
         tokens,
         shapes,

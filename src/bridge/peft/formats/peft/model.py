@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from bridge.peft.branch.functions.starts import split
 from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.branch.token_rows import WithTokenRows
 from bridge.peft.errors import AdapterError, AdapterFileError
@@ -22,7 +23,7 @@ from bridge.peft.model.adapt import Planned, adapt_in_place, check_can_be_adapte
 from bridge.peft.model.trained_parameters import check_can_be_replaced, replace_parameters
 from bridge.peft.model.walk import adapted_modules, token_rows_of, unwrap
 from bridge.peft.parallel.fsdp import reshard
-from bridge.peft.tensors import is_sharded
+from bridge.peft.tensors import is_sharded, sharded_like
 
 
 def save_adapter(model: nn.Module, directory: str | Path) -> Path:
@@ -99,26 +100,41 @@ def load_adapter(
     tokens = plan_tokens(adapter, root, lora_dtype)
     modules = {adapter.name_in_file(fqn): module for fqn, module, _ in planned}
     _check_base(adapter, modules, strict)
-    tensors, whole = adapter.tensors, replacements(adapter, root)
+    whole = replacements(adapter, root)
     check_can_be_replaced(root, whole)
+    values = {fqn: _values(adapter, fqn) for fqn in adapter.tensors}
     if present:
-        _set_values([(module, *tensors[fqn]) for fqn, module, _ in planned])
+        _set_values([(module, values[fqn]) for fqn, module, _ in planned])
         for plan in tokens:
             assert isinstance(plan.module, WithTokenRows) and plan.values is not None
             plan.module.rows.set_to(plan.values)
     else:
-        branches = [Planned(*item, tensors[item[0]]) for item in planned]
+        branches = [Planned(*item, values[item[0]]) for item in planned]
         adapt_in_place(root, branches, tokens=tokens)
     replace_parameters(root, whole, adapter.frozen)
     return model
 
 
+def _values(adapter: AdapterFile, fqn: str) -> tuple[Tensor, ...]:
+    """A and B of a module, and DoRA's magnitude, if it has one."""
+    pair, magnitude = adapter.tensors[fqn], adapter.magnitudes.get(fqn)
+    return pair if magnitude is None else (*pair, magnitude)
+
+
 @torch.no_grad()
-def _set_values(values: list[tuple[nn.Module, Tensor, Tensor]]) -> None:
-    for module, a, b in values:
+def _set_values(values: list[tuple[nn.Module, tuple[Tensor, ...]]]) -> None:
+    for module, (a, b, *magnitude) in values:
         assert isinstance(module, LoRAMixin)
+        start, held = module.start, []
+        if start is not None:
+            (a, b), (start_a, start_b) = split(a, b)
+            held = [(start.a, start_a), (start.b, start_b)]
         module.lora_a.set_whole(a)
         module.lora_b.set_whole(b)
+        for parameter, whole in held:
+            parameter.copy_(sharded_like(whole.to(parameter.dtype), parameter))
+        if module.magnitude is not None:
+            module.magnitude.set_to(*magnitude)
 
 
 def _check_base(adapter: AdapterFile, modules: dict[str, nn.Module], strict: bool) -> None:

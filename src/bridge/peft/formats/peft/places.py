@@ -65,6 +65,7 @@ def placed(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
     return dataclasses.replace(
         adapter,
         tensors={fqns[fqn]: pair for fqn, pair in adapter.tensors.items()},
+        magnitudes={fqns[fqn]: tensor for fqn, tensor in adapter.magnitudes.items()},
         whole={names[name]: tensor for name, tensor in adapter.whole.items()},
         names_in_file={new: old for old, new in fqns.items()},
         kernels={fqns[fqn]: kernel for fqn, kernel in adapter.kernels.items()},

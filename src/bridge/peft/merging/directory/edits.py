@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -17,6 +16,12 @@ from bridge.peft.formats.peft import AdapterFile
 from bridge.peft.formats.peft.kernels import Kernel
 from bridge.peft.formats.peft.keys import is_embedding, is_head
 from bridge.peft.formats.peft.places import exchanged
+from bridge.peft.merging.directory.quantised import (
+    Quantised,
+    TrainedOn,
+    how_for,
+    others_to_quantise,
+)
 from bridge.peft.merging.directory.vocabulary import (
     check_ties,
     embedding_of,
@@ -42,6 +47,8 @@ class Edit:
         transposed: The tensor is stored as (in_features, out_features).
         replacement: The values that stand in for it, or that the terms are added to.
         rows: New values of some rows, and which those are, in ascending order.
+        magnitude: What the rows of the sum are rescaled to, by DoRA.
+        quantised: How it was quantised when the adapter was trained.
     """
 
     fqn: str
@@ -49,6 +56,8 @@ class Edit:
     transposed: bool = False
     replacement: Tensor | None = None
     rows: tuple[Tensor, Tensor] | None = None
+    magnitude: Tensor | None = None
+    quantised: Quantised | None = None
 
 
 @dataclass(frozen=True)
@@ -70,17 +79,21 @@ class Edits:
     was_tied: bool = False
 
 
-def plan_edits(checkpoint: Checkpoint, adapters: _Adapters, *, untie: bool) -> Edits:
+def plan_edits(
+    checkpoint: Checkpoint, adapters: _Adapters, base: TrainedOn | None = None, *, untie: bool
+) -> Edits:
     """Find the checkpoint's tensors that the adapters change.
 
     Args:
         checkpoint: The base model.
         adapters: Each with its weight in the sum.
+        base: What of it was quantised when they were trained.
         untie: Give a tied head a tensor of its own instead of refusing.
 
     Raises:
         AdapterError: A module is not in the checkpoint, has another shape, is quantised or tied.
     """
+    _check_can_be_summed(adapters)
     entries, whole = checkpoint.entries(), _whole_tensors(adapters)
     alike = heads_alike(whole)
     for name in alike:
@@ -112,12 +125,19 @@ def plan_edits(checkpoint: Checkpoint, adapters: _Adapters, *, untie: bool) -> E
         fqn, edit = name.removesuffix(".weight"), None
         if name in whole:
             edit = _replacement(name, entry, whole[name])
-            entry = dataclasses.replace(entry, shape=tuple(whole[name].shape))
+            entry = replace(entry, shape=tuple(whole[name].shape))
         if any(fqn in adapter.tensors for adapter, _ in adapters):
             update = _update(fqn, entry, adapters, any_turned=any_turned)
-            edit = dataclasses.replace(update, replacement=edit and edit.replacement)
+            how = None if base is None or edit is not None else how_for(base, fqn, entry)
+            edit = replace(update, replacement=edit and edit.replacement, quantised=how)
         assert edit is not None
         edits[keys.get(name, name)] = edit
+    if base is not None:
+        linears = (edit for edit in edits.values() if edit.fqn not in embeddings)
+        turned = any(edit.transposed for edit in linears)
+        for key, how in others_to_quantise(base, keys, entries):
+            if key not in edits:
+                edits[key] = Edit(key, transposed=turned, quantised=how)
     check_ties(checkpoint, whole, alike)
     edits |= _token_rows(adapters, entries, edits)
     heads = [name for name in shapes if is_head(name) and name not in alike]
@@ -148,7 +168,7 @@ def _token_rows(
                 "that it was trained on and the adapter in Python, merge(model) and save_pretrained"
             )
         order = torch.tensor(tokens).argsort()
-        found[keys[0]] = dataclasses.replace(edit, rows=(rows[order], torch.tensor(tokens)[order]))
+        found[keys[0]] = replace(edit, rows=(rows[order], torch.tensor(tokens)[order]))
     return found
 
 
@@ -169,6 +189,15 @@ def _shapes(adapters: _Adapters) -> dict[str, tuple[int, ...]]:
                     "the same base can be summed"
                 )
     return shapes
+
+
+def _check_can_be_summed(adapters: _Adapters) -> None:
+    for adapter, weight in adapters:
+        if adapter.magnitudes and (len(adapters) > 1 or weight != 1):
+            raise AdapterError(
+                "a DoRA adapter rescales the weight that it was trained on, and cannot be weighted "
+                "or summed; merge it alone, with weight 1"
+            )
 
 
 def _whole_tensors(adapters: _Adapters) -> dict[str, Tensor]:
@@ -207,7 +236,7 @@ def _update(fqn: str, entry: Entry, adapters: _Adapters, *, any_turned: bool) ->
                 "config saying so (fan_in_fan_out); load model and adapter in Python, and "
                 "merge(model)"
             )
-    return Edit(fqn, terms, transposed)
+    return Edit(fqn, terms, transposed, magnitude=holders[0][0].magnitudes.get(fqn))
 
 
 def _flat(fqn: str, entry: Entry, kernel: Kernel) -> Entry:
@@ -219,7 +248,7 @@ def _flat(fqn: str, entry: Entry, kernel: Kernel) -> Entry:
         )
     if entry.shape[1:] != kernel.size:
         return entry  # which then does not fit
-    return dataclasses.replace(entry, shape=(*entry.shape[:1], prod(kernel.size)))
+    return replace(entry, shape=(*entry.shape[:1], prod(kernel.size)))
 
 
 def _replacement(name: str, entry: Entry, tensor: Tensor) -> Edit:
@@ -278,6 +307,6 @@ def _not_found(missing: Collection[str], count: int, entries: Collection[str]) -
 
 def _quantised(fqn: str, dtype: str) -> AdapterError:
     return AdapterError(
-        f"{fqn} is quantised in the checkpoint ({dtype}, not one of {', '.join(FLOATING)}); merge "
-        "into the unquantised base model"
+        f"{fqn} is quantised in the checkpoint ({dtype}, not one of {', '.join(FLOATING)}); load "
+        "the model and the adapter in Python, merge(model) and save_pretrained"
     )

@@ -34,6 +34,7 @@ from bridge.peft.formats.peft import AdapterFile, read_adapter
 from bridge.peft.formats.peft.fingerprint import differences
 from bridge.peft.merging.directory.base_copies import without_base_copies
 from bridge.peft.merging.directory.edits import Edits, plan_edits
+from bridge.peft.merging.directory.quantised import trained_on
 from bridge.peft.merging.directory.stream import Target, write_shard
 from bridge.peft.merging.in_memory import check_compute_dtype
 from bridge.peft.merging.report import MergeReport, MergeRow
@@ -56,6 +57,7 @@ def merge_directory(
     dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype = torch.float32,
     untie: bool = False,
+    quantize: str | None = None,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Write `W + Σ weight · scale · B A` of a model directory, holding no tensor whole in memory.
@@ -71,6 +73,9 @@ def merge_directory(
         dtype: Dtype of the merged model; None keeps every tensor's own.
         compute_dtype: Dtype of the computation, float32 or float64.
         untie: Give an adapted head that is tied to the embedding a tensor of its own.
+        quantize: How the base was quantised when the adapters were trained, `"nf4"`, `"fp4"` or
+            `"int8"`: the sum is of what its weights dequantise to, one tensor at a time in memory
+            for each thread. `"none"` merges into the checkpoint's weights whatever it was.
         progress: Called with the bytes written so far and the bytes to write.
 
     Returns:
@@ -97,13 +102,15 @@ def merge_directory(
     loaded = [(read_adapter(path), weight) for path, weight in paths]
     with reading(model):
         loaded = [(without_base_copies(checkpoint, a), weight) for a, weight in loaded]
-    edits = plan_edits(checkpoint, loaded, untie=untie)
+    base = trained_on([adapter for adapter, _ in loaded], quantize)
+    edits = plan_edits(checkpoint, loaded, base, untie=untie)
     with reading(model):
         tokenizer, notes = brought_tokenizer(model, [path for path, _ in paths])
-    notes += [*_other_bases(checkpoint, edits, loaded), *_whole(edits), *_untied(edits)]
+    notes += [*base.notes, *_other_bases(checkpoint, edits, loaded), *_whole(edits)]
+    notes += [*_untied(edits), *_dequantised(edits)]
     shards = {name: _lay_out(checkpoint, name, edits, dtype) for name in checkpoint.shards}
     part = output.with_name(output.name + _PART_SUFFIX)
-    job = _identify(checkpoint, paths, (dtype, compute_dtype, untie))
+    job = _identify(checkpoint, paths, (dtype, compute_dtype, untie, quantize))
     rows = _open_part(part, job, shards)
     try:
         _write_shards(checkpoint, shards, part, job, rows, compute_dtype, progress)
@@ -143,8 +150,10 @@ def _other_bases(
         # maps the file, so that only the values that are compared are ever read
         with safe_open(checkpoint.directory / name, "pt") as file:
             for entry in shard.entries:
-                if entry.name in edits.by_key:
-                    module = modules[edits.by_key[entry.name].fqn] = nn.Module()
+                edit = edits.by_key.get(entry.name)
+                # what was quantised is compared when it is quantised again
+                if edit is not None and edit.quantised is None:
+                    module = modules[edit.fqn] = nn.Module()
                     module.weight = nn.Parameter(file.get_tensor(entry.name), requires_grad=False)
     for adapter, _ in adapters:
         if found := differences(adapter.extra.get("base", {}), modules):
@@ -172,6 +181,14 @@ def _untied(edits: Edits) -> Iterator[str]:
         names = [f"{key} (was {source})" for key, source in edits.untied.items()]
         what = some_names(names) if names else "the output head"
         yield f"{what} is no longer tied; config.json says so too (tie_word_embeddings: false)"
+
+
+def _dequantised(edits: Edits) -> Iterator[str]:
+    """Say which linears are written dequantised though no branch is merged into them."""
+    others = [e.fqn for e in edits.by_key.values() if e.quantised is not None and not e.terms]
+    if others:
+        told = "quantised in training and without a branch, written dequantised"
+        yield f"{told}: {some_names(others)}"
 
 
 def _lay_out(

@@ -81,7 +81,7 @@ def write_shard(
     try:
         work: list[tuple[Target, Update | None, list[_Written]]] = []
         for target in targets:
-            update = _update(target, compute_dtype)
+            update = files.update(target, compute_dtype)
             cut = [(size, pool.submit(files.write, target, p, update)) for p, size in _cut(target)]
             work.append((target, update, cut))
         for target, update, written in work:
@@ -97,14 +97,6 @@ def write_shard(
     return rows
 
 
-def _update(target: Target, dtype: torch.dtype) -> Update | None:
-    if target.edit is None or not target.edit.terms:
-        return None
-    for entry in (target.entry, target.source):
-        dtype = torch.promote_types(dtype, FLOATING[entry.dtype])
-    return Update.of(target.edit.terms, dtype=dtype, transposed=target.edit.transposed)
-
-
 def _is_copy(target: Target) -> bool:
     return target.edit is None and target.entry.dtype == target.source.dtype
 
@@ -118,8 +110,14 @@ def _row(target: Target, entry: Entry) -> tuple[torch.dtype, int, int]:
 
 
 def _cut(target: Target) -> Iterator[tuple[slice, int]]:
-    """Cut a tensor into pieces of whole rows, each with the bytes that it takes."""
+    """Cut a tensor into pieces of whole rows, each with the bytes that it takes.
+
+    One that was quantised is a single piece: its scales may be of all of it.
+    """
     _, columns, size = _row(target, target.entry)
+    if target.edit is not None and target.edit.quantised is not None:
+        yield slice(0, target.entry.size // size), target.entry.size
+        return
     for rows in row_blocks(target.entry.size // size, columns, together=_PIECE):
         yield rows, (rows.stop - rows.start) * size
 
@@ -154,6 +152,18 @@ class _Files:
                 file.write(memoryview(buffer)[: out.nbytes])
         return total
 
+    def update(self, target: Target, dtype: torch.dtype) -> Update | None:
+        """What is added to a tensor, if anything is; DoRA's norms take a pass over the base."""
+        if target.edit is None or not target.edit.terms:
+            return None
+        for entry in (target.entry, target.source):
+            dtype = torch.promote_types(dtype, FLOATING[entry.dtype])
+        update = Update.of(target.edit.terms, dtype=dtype, transposed=target.edit.transposed)
+        if target.edit.magnitude is None:
+            return update
+        blocks = ((rows, self._read(target, rows)) for rows, _ in _cut(target))
+        return update.rescaled(target.edit.magnitude, blocks)
+
     def _read(self, target: Target, piece: slice) -> Tensor:
         """These rows of the base, or of what replaces it, with the new ones among them."""
         values = self._stored(target, piece)
@@ -178,7 +188,12 @@ class _Files:
                 file.fileno(), before + length, access=mmap.ACCESS_COPY, offset=start - before
             )
         count = length // dtype.itemsize
-        return torch.frombuffer(mapped, dtype=dtype, count=count, offset=before).view(-1, columns)
+        values = torch.frombuffer(mapped, dtype=dtype, count=count, offset=before).view(-1, columns)
+        if target.edit is None or (how := target.edit.quantised) is None:
+            return values
+        if target.edit.transposed:
+            return how.dense(values.t().contiguous()).t().contiguous()
+        return how.dense(values)
 
 
 def _merge(target: Target, base: Tensor, update: Update, rows: slice, out: Tensor) -> Rounding:

@@ -48,7 +48,6 @@ def directory(tmp_path):
 NOT_HONOURED = {
     "lora_bias": True,
     "use_qalora": True,
-    "trainable_token_indices": [1, 2],
     "alora_invocation_tokens": [5],
     "layer_replication": [[0, 4], [2, 5]],
     "megatron_config": {"tensor_model_parallel_size": 2},
@@ -220,9 +219,13 @@ def test_a_module_that_the_model_lacks_or_cannot_adapt_is_named(directory):
     other = nn.ModuleDict({"first": nn.Linear(4, 3)})
     with pytest.raises(AdapterError, match="adapts second, which ModuleDict does not have"):
         load_adapter(other, directory)
-    other = nn.ModuleDict({"first": nn.Linear(4, 3), "second": nn.Conv1d(3, 2, 1)})
-    with pytest.raises(AdapterError, match="second, a Conv1d that cannot be adapted"):
+    other = nn.ModuleDict({"first": nn.Linear(4, 3), "second": nn.Bilinear(3, 2, 1)})
+    with pytest.raises(AdapterError, match="second, a Bilinear that cannot be adapted"):
         load_adapter(other, directory)
+    for second in (nn.Conv1d(3, 2, 1), nn.Embedding(3, 2)):
+        other = nn.ModuleDict({"first": nn.Linear(4, 3), "second": second})
+        with pytest.raises(AdapterError, match="adapts second as a linear, and in the model it is"):
+            load_adapter(other, directory)
 
 
 def test_a_model_on_meta_is_refused(directory):

@@ -129,7 +129,6 @@ def test_an_adapter_in_several_files_is_read(theirs, tmp_path, index):
 
 
 OTHER_KINDS = {
-    "lora_embedding_A": "LoRA on an embedding",
     "lora_B.bias": "a bias on B",
 }
 

@@ -228,7 +228,7 @@ def test_one_of_two_tied_linears_is_left_out_of_all_linear_and_said_where_it_is_
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     model[1].weight = model[0].weight
     assert [row.fqn for row in LoRA(dim=2).plan(model).rows] == ["2"]
-    assert "another linear" in LoRA(dim=2, target_modules=["0"]).plan(model).notes[0]
+    assert "its weight with 1" in LoRA(dim=2, target_modules=["0"]).plan(model).notes[0]
 
 
 class Mirrored(nn.Module):

@@ -84,7 +84,7 @@ def test_exclusions_are_left_alone_and_listed():
         ),
         ({"target_modules": ["q_proj", "re:nothing.*"]}, "'re:nothing.*' matches none"),
         ({"target_modules": ["xyzzy"]}, "their names end in 'down_proj'"),
-        ({"target_modules": ["embed_tokens"]}, "cannot be adapted: Embedding"),
+        ({"target_modules": ["input_layernorm"]}, "cannot be adapted: LlamaRMSNorm"),
         ({"target_modules": ["self_attn"]}, "cannot be adapted: LlamaAttention"),
         ({"exclude_modules": ["v_prj"]}, "exclude_modules entry 'v_prj'.*did you mean"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "excluded"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from bridge.peft.branch.functions.starts import is_subtracted
+from bridge.peft.branch.functions.starts import is_start, is_subtracted
 from bridge.peft.branch.initializers import derive_seed
 from bridge.peft.branch.kinds.experts import (
     PARAMETER_PATH,
@@ -23,6 +24,7 @@ from bridge.peft.branch.options import (
     BranchOptions,
     DropoutPosition,
     InitMethod,
+    are_ranges,
     check_alpha,
     check_dim,
 )
@@ -30,18 +32,25 @@ from bridge.peft.branch.patch import adapted_class
 from bridge.peft.branch.quantised.table import format_of
 from bridge.peft.dtypes import sound_dtype
 from bridge.peft.errors import AdapterError, TargetError
-from bridge.peft.model.adapt import Planned, adapt_in_place, check_can_be_adapted
+from bridge.peft.model.adapt import Planned, PlannedTokens, adapt_in_place, check_can_be_adapted
+from bridge.peft.model.fused_parts import rows_of_parts
 from bridge.peft.model.participation import check_still_adapted
 from bridge.peft.model.pretrained import random_modules
 from bridge.peft.model.size import model_size
 from bridge.peft.model.trained_parameters import check_can_be_trained
-from bridge.peft.model.walk import adapted_modules, some_names, state_prefix, unwrap
+from bridge.peft.model.walk import (
+    adapted_modules,
+    some_names,
+    state_prefix,
+    token_rows_of,
+    unwrap,
+)
 from bridge.peft.model.weight_reads import read_weights
 from bridge.peft.ops.dispatch import ComputePath, choose_path
 from bridge.peft.parallel.fsdp import reshard
 from bridge.peft.parallel.layout import agreed_seed
 from bridge.peft.parameter_targets import match_parameters
-from bridge.peft.plan import Plan, PlanRow, TrainedRow
+from bridge.peft.plan import Plan, PlanRow, TokensRow, TrainedRow
 from bridge.peft.targets import (
     ALL_LINEAR,
     Candidate,
@@ -50,8 +59,10 @@ from bridge.peft.targets import (
     match_modules,
     match_targets,
     tied_linears,
+    tied_modules,
 )
-from bridge.peft.tensors import is_plain, is_sharded
+from bridge.peft.tensors import full_tensor, is_plain, is_sharded
+from bridge.peft.token_targets import checked_tokens, match_tokens
 
 Model = TypeVar("Model", bound=nn.Module)
 #: The fields that hold entries.
@@ -64,7 +75,8 @@ class LoRA:
 
     Attributes:
         target_modules: Names (`"q_proj"`), wildcards (`"*.layers.0.*.q_proj"`), regexes
-            (`"re:.*_proj"`), or `"all-linear"`: every linear but the output head.
+            (`"re:.*_proj"`), or `"all-linear"`: every linear but the output head. Embeddings and
+            the output head are adapted where they are named.
         target_parameters: Entries of the same kinds for parameters that modules multiply with
             themselves: experts in one stack (`"experts.gate_up_proj"`), a router's weight.
         exclude_modules: Entries of the same kinds, to leave alone.
@@ -85,6 +97,11 @@ class LoRA:
             arXiv:2308.03303); backward then needs no input of the adapted layers.
         modules_to_train: Entries of modules to train in full beside the branches, and to save
             with them: a new head, resized embeddings (PEFT's `modules_to_save`).
+        trainable_tokens: Tokens whose rows in the embedding are trained, beside the branches: the
+            indices for the input embedding, or `{"embed_tokens": indices}` (PEFT's
+            `trainable_token_indices`). What is tied to the embedding follows.
+        parts: Parts of fused projections to adapt, by entry: `{"c_attn": ["q", "v"]}`, or ranges
+            of rows, `{"my_qkv": [(0, 64), (128, 192)]}`; the other rows of B stay zero.
         seed: A depends on (seed, FQN) alone; None draws the seed from torch's default generator.
 
     Raises:
@@ -106,6 +123,8 @@ class LoRA:
     use_dora: bool = False
     freeze_a: bool = False
     modules_to_train: Sequence[str] = ()
+    trainable_tokens: Mapping[str, Sequence[int]] | Sequence[int] = ()
+    parts: Mapping[str, Sequence[str | Sequence[int]]] = field(default_factory=dict)
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -118,11 +137,13 @@ class LoRA:
                 raise AdapterError(f"{name} must map entries to numbers, got {pattern!r}")
             # A copy: what the caller does with theirs later is not checked.
             object.__setattr__(self, name, dict(pattern))
+        object.__setattr__(self, "trainable_tokens", checked_tokens(self.trainable_tokens))
+        object.__setattr__(self, "parts", _checked_parts(self.parts))
         for key, dim in self.rank_pattern.items():
             check_dim(dim, f"rank_pattern[{key!r}]")
         for key, alpha in self.alpha_pattern.items():
             check_alpha(alpha, f"alpha_pattern[{key!r}]")
-        for key in (*self.rank_pattern, *self.alpha_pattern):
+        for key in (*self.rank_pattern, *self.alpha_pattern, *self.parts):
             _check_entry("a pattern", key)
         if self.seed is not None and (not isinstance(self.seed, int) or self.seed < 0):
             raise AdapterError(f"seed must be an integer >= 0 or None, got {self.seed!r}")
@@ -140,6 +161,25 @@ class LoRA:
         dim = _first_match(self.rank_pattern, candidate, self.dim)
         alpha = _first_match(self.alpha_pattern, candidate, self.alpha)
         return self._options(dim, alpha, self.lora_dtype or sound_dtype(_weight(candidate).dtype))
+
+    def _planned_options(self, model: nn.Module, candidate: Candidate) -> BranchOptions:
+        """`options_for`, and the rows of B that the chosen parts of the module are."""
+        options, parts = self.options_for(candidate), _first_match(self.parts, candidate, ())
+        if not parts:
+            return options
+        kind = adapted_class(type(candidate.module))
+        if kind.wraps or not kind.in_all_linear:
+            raise TargetError(
+                f"parts: {candidate.fqn} is a {type(candidate.module).__name__}, of which parts "
+                "cannot be adapted alone"
+            )
+        if is_start(self.lora_A_init_method):
+            raise TargetError(
+                f"parts: with lora_A_init_method={self.lora_A_init_method!r} B starts out of the "
+                'whole weight; use "xavier" or "uniform"'
+            )
+        rows = rows_of_parts(model, candidate.fqn, kind.features(candidate.module)[1], parts)
+        return dataclasses.replace(options, rows=rows)
 
     def _options(self, dim: int, alpha: float, lora_dtype: torch.dtype | None) -> BranchOptions:
         return BranchOptions(
@@ -167,16 +207,21 @@ class LoRA:
         check_can_be_adapted(model)
         root = unwrap(model)
         chosen, skipped, trained = self._match(root)
+        tokens = self._match_tokens(root, chosen, trained)
         read = read_weights(root)
         size = model_size(root)
         return Plan(
-            rows=tuple(self._row(candidate, read) for candidate in chosen),
+            rows=tuple(
+                self._row(candidate, options, read)
+                for candidate, options in zip(chosen, self._all_options(root, chosen), strict=True)
+            ),
             trained_in_full=tuple(_trained_row(candidate) for candidate in trained),
+            token_rows=tuple(map(_tokens_row, tokens)),
             not_adapted=tuple(skipped),
             base_parameters=size.parameters,
             base_bytes=size.bytes,
             quantised=size.quantised,
-            notes=tuple(self._notes(root, chosen, trained)),
+            notes=tuple(self._notes(root, chosen, trained, tokens)),
         )
 
     def __call__(self, model: Model) -> Model:
@@ -196,7 +241,9 @@ class LoRA:
         root = unwrap(model)
         reshard(root)
         chosen, _, trained = self._match(root)
-        for note in self._notes(root, chosen, trained):
+        tokens = self._match_tokens(root, chosen, trained)
+        all_options = self._all_options(root, chosen)
+        for note in self._notes(root, chosen, trained, tokens):
             warnings.warn(note, stacklevel=2)
         seed = self.seed
         if seed is None:
@@ -204,10 +251,11 @@ class LoRA:
         adapt_in_place(
             root,
             [
-                Planned(c.fqn, c.module, self.options_for(c), derive_seed(seed, c.fqn), c.parameter)
-                for c in chosen
+                Planned(c.fqn, c.module, options, derive_seed(seed, c.fqn), c.parameter)
+                for c, options in zip(chosen, all_options, strict=True)
             ],
             [candidate.module for candidate in trained],
+            tokens,
         )
         return model
 
@@ -230,21 +278,48 @@ class LoRA:
         if self.target_modules:
             chosen, skipped = match_targets(model, self.target_modules, exclude, alone)
         chosen, skipped = chosen + stacks, skipped + frozen
-        for name, pattern in (("rank", self.rank_pattern), ("alpha", self.alpha_pattern)):
+        patterns = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        for name, pattern in (patterns | {"parts": self.parts}).items():
             for entry in pattern:
                 if not any(candidate.matches(entry) for candidate in chosen):
                     what = "targets" if stacks else "linears"
                     raise TargetError(
-                        f"{name}_pattern entry {entry!r} matches none of the {len(chosen)} {what} "
+                        f"{name} entry {entry!r} matches none of the {len(chosen)} {what} "
                         f"to adapt{did_you_mean(entry, chosen)}"
                     )
         return chosen, skipped, trained
 
-    def _notes(
+    def _all_options(self, model: nn.Module, chosen: Sequence[Candidate]) -> list[BranchOptions]:
+        return [self._planned_options(model, candidate) for candidate in chosen]
+
+    def _match_tokens(
         self, model: nn.Module, chosen: Sequence[Candidate], trained: Sequence[Candidate]
+    ) -> list[PlannedTokens]:
+        """The embeddings of which some rows are trained, and nothing else."""
+        assert isinstance(self.trainable_tokens, Mapping)
+        planned = match_tokens(model, self.trainable_tokens)
+        whole = {m for candidate in trained for m in candidate.module.modules()}
+        branches = {candidate.module for candidate in chosen}
+        for fqn, *modules in ((p.fqn, p.module, *p.followers) for p in planned):
+            for others, what in ((branches, "target_modules"), (whole, "modules_to_train")):
+                if not others.isdisjoint(modules):
+                    raise TargetError(
+                        f"{fqn}, or what is tied to it, is named in trainable_tokens and in "
+                        f"{what}; leave it out of one"
+                    )
+        dtype = self.lora_dtype
+        return [plan._replace(dtype=dtype) for plan in planned] if dtype else planned
+
+    def _notes(
+        self,
+        model: nn.Module,
+        chosen: Sequence[Candidate],
+        trained: Sequence[Candidate],
+        tokens: Sequence[PlannedTokens],
     ) -> Iterator[str]:
         """What the user should know before training."""
         covered = {id(m) for candidate in trained for m in candidate.module.modules()}
+        covered |= {id(m) for plan in tokens for m in (plan.module, *plan.followers)}
         random = [f for f, m in random_modules(model).items() if id(m) not in covered]
         if random:
             yield (
@@ -257,19 +332,36 @@ class LoRA:
                 f"{some_names(half)}: trained in full in 16 bits, in which small steps are lost; "
                 "load the model in float32 and train under autocast"
             )
-        shared = tied_linears(model)
-        tied = [c.fqn for c in chosen if c.module in shared]
-        if tied:
-            yield (
-                f"{some_names(tied)}: shares its weight with another linear, which the branch does "
-                "not reach; merging will ask to untie them"
-            )
+        tied, tied_linear = tied_modules(model), tied_linears(model)
+        for c in chosen:  # a head that is tied to an embedding computes apart from it anyway
+            if c.module in tied and (isinstance(c.module, nn.Embedding) or c.module in tied_linear):
+                yield (
+                    f"{c.fqn}: shares its weight with {some_names(tied[c.module])}, which the "
+                    "branch does not reach; merging will ask to untie them"
+                )
         read = read_weights(model)
-        if self.dropout and (undropped := [c.fqn for c in chosen if c.module in read]):
+        embeddings = {c.fqn: c.module for c in chosen if isinstance(c.module, nn.Embedding)}
+        passed = [c.fqn for c in chosen if c.module in read and not isinstance(c.module, nn.Linear)]
+        undropped = [c.fqn for c in chosen if c.module in read and c.fqn not in passed]
+        if self.dropout and undropped:
             yield f"{some_names(undropped)}: read by the model's own code, where dropout cannot act"
+        if self.dropout and self.dropout_position == "pre" and embeddings:
+            yield (
+                f"{some_names([*embeddings])}: an embedding's input is a token, of which dropout "
+                "drops nothing; dropout_position='post' acts there"
+            )
+        if passed:
+            yield (
+                f"{some_names(passed)}: the model's own code reads its weight too, where the "
+                "branch takes no part, and merging would change that; leave it out"
+            )
 
-    def _row(self, candidate: Candidate, read: Mapping[nn.Module, Sequence[nn.Module]]) -> PlanRow:
-        options = self.options_for(candidate)
+    def _row(
+        self,
+        candidate: Candidate,
+        options: BranchOptions,
+        read: Mapping[nn.Module, Sequence[nn.Module]],
+    ) -> PlanRow:
         module, weight = candidate.module, _weight(candidate)
         if candidate.parameter:
             return _parameter_row(candidate, options)
@@ -295,6 +387,8 @@ class LoRA:
             dtype=options.resolve_dtype(weight.dtype),
             path=path.name,
             reason=path.reason,
+            trained_rows=sum(stop - start for start, stop in options.rows or ()) or n_out,
+            looked_up=isinstance(module, nn.Embedding),
         )
 
 
@@ -311,10 +405,14 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     check_still_adapted(unwrap(model))
     reshard(model)
-    return {
+    found = {
         f"{state_prefix(fqn, module)}.{name}".lstrip("."): tensor
         for fqn, module in adapted_modules(model)
         for name, tensor in module.whole_parameters().items()
+    }
+    return found | {
+        f"{fqn}.token_rows.weight".lstrip("."): full_tensor(module.rows.weight)
+        for fqn, module in token_rows_of(model)
     }
 
 
@@ -365,9 +463,34 @@ def _parameter_row(candidate: Candidate, options: BranchOptions) -> PlanRow:
         dtype=options.resolve_dtype(weight.dtype),
         path=PARAMETER_PATH.name,
         reason=PARAMETER_PATH.reason,
+        trained_rows=n_out,
         stack=stack,
         used=min(stack, experts_per_token(module)) if stack > 1 else 1,
     )
+
+
+def _tokens_row(plan: PlannedTokens) -> TokensRow:
+    weight: Tensor = plan.module.weight  # pyright: ignore[reportAssignmentType]
+    return TokensRow(
+        fqn=plan.fqn,
+        tokens=len(plan.tokens),
+        embedding_dim=weight.shape[1],
+        dtype=plan.dtype or sound_dtype(weight.dtype),
+        followers=len(plan.followers),
+    )
+
+
+def _checked_parts(parts: Any) -> dict[str, tuple[str | Sequence[int], ...]]:
+    if not isinstance(parts, Mapping):
+        raise AdapterError(f"parts must map entries to parts, got {parts!r:.80}")
+    for value in parts.values():
+        is_list = isinstance(value, Sequence) and not isinstance(value, str) and value
+        if not is_list or not all(isinstance(p, str) or are_ranges([p]) for p in value):
+            raise AdapterError(
+                "parts takes names and (first, end) of rows, like {'c_attn': ['q', 'v']}, got "
+                f"{parts!r:.80}"
+            )
+    return {entry: tuple(value) for entry, value in parts.items()}
 
 
 def _first_match(pattern: Mapping[str, Any], candidate: Candidate, default: Any) -> Any:

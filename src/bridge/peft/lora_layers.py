@@ -18,6 +18,7 @@ from bridge.peft._optional import TELinear
 from bridge.peft.branch.kinds import LinearAdapter, TELinearAdapter
 from bridge.peft.branch.options import BranchOptions, DropoutPosition, InitMethod
 from bridge.peft.branch.patch import patch_in_place
+from bridge.peft.branch.registry import kind_of
 from bridge.peft.branch.wrapper import LoRALinear
 from bridge.peft.errors import UnsupportedLinearError
 from bridge.peft.parallel.fsdp import is_data_parallel
@@ -67,6 +68,12 @@ def patch_linear_module(
         lora_A_init_method=lora_A_init_method,
         lora_dtype=lora_dtype,
     )
+    kind = kind_of(type(orig_linear))
+    if kind is not None and not kind.in_all_linear:
+        raise UnsupportedLinearError(
+            f"cannot adapt {type(orig_linear).__name__}: it is not a linear; "
+            "LoRA(target_modules=[its name])(model) adapts embeddings and convolutions"
+        )
     if is_data_parallel(orig_linear):
         raise UnsupportedLinearError(
             f"cannot adapt this {type(orig_linear).__name__} alone: its weight is sharded by "

@@ -38,6 +38,9 @@ class PlanRow:
         quantised: How the base is quantised, and by what; None if it is not.
         stack: How many matrices of that shape there are: the experts of a parameter, else 1.
         used: How many of them a token meets.
+        trained_rows: Rows of B that are trained; fewer than out_features where parts of a fused
+            projection are.
+        looked_up: Whether A is looked up, as an embedding's is, and not multiplied with.
     """
 
     fqn: str
@@ -54,6 +57,8 @@ class PlanRow:
     trains_a: bool = True
     subtracts: bool = False
     quantised: str | None = None
+    trained_rows: int
+    looked_up: bool = False
     stack: int = 1
     used: int = 1
 
@@ -70,15 +75,17 @@ class PlanRow:
     def trainable(self) -> int:
         """Those that are trained: all but the start, and A where it is frozen."""
         of_a = self.dim * self.in_features if self.trains_a else 0
-        return self.stack * (of_a + self.dim * self.out_features) + self.magnitudes
+        return self.stack * (of_a + self.dim * self.trained_rows) + self.magnitudes
 
     @property
     def flops_per_token(self) -> int:
         """Multiplications and additions that the branch adds to one token's forward.
 
-        DoRA's rescaling counts as one for each element; its norms are not for each token.
+        DoRA's rescaling counts as one for each element; its norms are not for each token. An
+        embedding's A is looked up, which is none.
         """
-        return 2 * self.used * self._products + self.magnitudes
+        multiplied = self.dim * self.out_features if self.looked_up else self._products
+        return 2 * self.used * multiplied + self.magnitudes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +106,35 @@ class TrainedRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokensRow:
+    """One embedding of which the rows of some tokens are trained.
+
+    Attributes:
+        fqn: Fully qualified name.
+        tokens: How many.
+        embedding_dim: Length of a row.
+        dtype: Dtype of the rows.
+        followers: How many modules are tied to it, and have the same rows.
+    """
+
+    fqn: str
+    tokens: int
+    embedding_dim: int
+    dtype: torch.dtype
+    followers: int
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters."""
+        return self.tokens * self.embedding_dim
+
+    @property
+    def bytes(self) -> int:
+        """Their size."""
+        return self.parameters * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What would be adapted, what not, and the totals; `print(plan)` is a table.
 
@@ -110,6 +146,7 @@ class Plan:
         base_bytes: What the model takes before, scales of quantised weights included.
         quantised: The quantised linears, adapted or not, by how they are quantised.
         trained_in_full: Modules trained beside the branches.
+        token_rows: Embeddings of which some rows are trained.
         notes: What the user should know before training.
     """
 
@@ -119,18 +156,18 @@ class Plan:
     base_bytes: int = 0
     quantised: tuple[QuantisedPart, ...] = ()
     trained_in_full: tuple[TrainedRow, ...] = ()
+    token_rows: tuple[TokensRow, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
     def trainable(self) -> int:
-        """Trainable parameters: of the branches, and the modules trained in full."""
-        return sum(row.trainable for row in self.rows) + sum(
-            row.parameters for row in self.trained_in_full
-        )
+        """Trainable parameters: of the branches, token rows, and the modules trained in full."""
+        beside = (*self.trained_in_full, *self.token_rows)
+        return sum(row.trainable for row in self.rows) + sum(row.parameters for row in beside)
 
     @property
     def _adapter_parameters(self) -> int:
-        return sum(row.parameters for row in self.rows)
+        return sum(row.parameters for row in (*self.rows, *self.token_rows))
 
     @property
     def share(self) -> float:
@@ -144,7 +181,7 @@ class Plan:
 
     @property
     def _full_bytes(self) -> int:
-        return sum(row.bytes for row in self.trained_in_full)
+        return sum(row.bytes for row in (*self.trained_in_full, *self.token_rows))
 
     @property
     def optimizer_bytes(self) -> int:
@@ -180,6 +217,10 @@ class Plan:
             "rows": rows,
             "quantised": [dataclasses.asdict(part) for part in self.quantised],
             "trained_in_full": [dataclasses.asdict(row) for row in self.trained_in_full],
+            "token_rows": [
+                dataclasses.asdict(row) | {"dtype": dtype_name(row.dtype)}
+                for row in self.token_rows
+            ],
             "not_adapted": skipped,
             "notes": list(self.notes),
             "totals": totals,
@@ -213,6 +254,9 @@ class Plan:
         yield from self._base_lines()
         for row in self.trained_in_full:
             yield f"trained in full: {row.fqn} ({row.base_type}, {row.parameters:,} parameters)"
+        for row in self.token_rows:
+            tied = f", and of {row.followers} modules tied to it" if row.followers else ""
+            yield f"trained rows: {row.tokens} tokens of {row.fqn}{tied}"
         for note in self.notes:
             yield f"note: {note}"
         if self.not_adapted:
@@ -243,6 +287,8 @@ def _grouped(rows: tuple[PlanRow, ...]) -> Iterator[tuple[str, ...]]:
         shape = f"{row.out_features}×{row.in_features}"
         if row.stack > 1:
             shape = f"{row.stack} of {shape}"
+        if row.trained_rows < row.out_features:
+            shape = f"{row.trained_rows} of {shape}"
         key = (_starred(row.fqn), _kind(row), shape, row.dim, f"{row.scale:g}", row.path)
         groups.setdefault(key, []).append(row)
     for (name, base_type, shape, dim, scale, path), members in groups.items():

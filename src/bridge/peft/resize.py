@@ -82,7 +82,7 @@ def resize(adapter: AdapterFile, dim: int, *, seed: int = 0) -> tuple[AdapterFil
 
     A module of a higher rank gets the nearest update of rank `dim`. One of a lower rank keeps A and
     B; new rows of A start as in a fresh adapter, new columns of B at zero, so the update is the
-    same and can be trained further.
+    same and can be trained further. On an embedding it is the other way round.
 
     Args:
         adapter: As `read_adapter` gives it; it is not changed.
@@ -113,7 +113,14 @@ def resize(adapter: AdapterFile, dim: int, *, seed: int = 0) -> tuple[AdapterFil
     rows: list[ResizeRow] = []
     for fqn, (a, b) in adapter.tensors.items():
         method = branch_settings(extra, fqn, 0.0)["lora_A_init_method"]
-        tensors[fqn] = _resized(a, b, dim, method, derive_seed(seed, fqn))
+        if (kernel := adapter.kernels.get(fqn)) is not None and kernel.groups > 1:
+            raise AdapterError(
+                f"{fqn} is a convolution of {kernel.groups} groups, whose B has blocks of one "
+                "rank; it cannot be resized"
+            )
+        is_embedding = fqn in adapter.embeddings
+        methods = ("zeros", "normal") if is_embedding else (method, "zeros")
+        tensors[fqn] = _resized(a, b, dim, methods, derive_seed(seed, fqn))
         old, full, energy = a.shape[-2], min(a.shape[-1], b.shape[-2]), kept_energy(a, b, dim)
         rows.append(ResizeRow(fqn=fqn, old_dim=old, dim=dim, energy=energy, full_dim=full))
     rslora = adapter.parsed.use_rslora
@@ -136,17 +143,22 @@ def _without_start(branch: Mapping[str, Any]) -> dict[str, Any]:
     return {**branch} | ({"lora_A_init_method": "uniform"} if is_start(method) else {})
 
 
-def _resized(a: Tensor, b: Tensor, dim: int, method: str, seed: int) -> tuple[Tensor, Tensor]:
+def _resized(
+    a: Tensor, b: Tensor, dim: int, methods: tuple[str, str], seed: int
+) -> tuple[Tensor, Tensor]:
     if a.dim() == 3:  # each expert with a seed of its own
         pairs = [
-            _resized(*ab, dim, method, seed ^ e) for e, ab in enumerate(zip(a, b, strict=True))
+            _resized(*ab, dim, methods, seed ^ e) for e, ab in enumerate(zip(a, b, strict=True))
         ]
         return torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
     if dim < a.shape[0]:
+        is_zero = ~b.any(1)  # rows that are not trained, which rounding must not touch
         a, b = truncated(a, b, min(dim, a.shape[1], b.shape[0]))
+        b = b.masked_fill(is_zero.unsqueeze(1), 0.0)
     missing = dim - a.shape[0]  # also where the module is narrower than the rank
     if missing == 0:
         return a.contiguous(), b.contiguous()
-    more_a = a.new_empty(missing, a.shape[1])
-    initialize(more_a, method, seed)
-    return torch.cat([a, more_a]), torch.cat([b, b.new_zeros(b.shape[0], missing)], dim=1)
+    more_a, more_b = a.new_empty(missing, a.shape[1]), b.new_empty(b.shape[0], missing)
+    for more, method in zip((more_a, more_b), methods, strict=True):
+        initialize(more, method, seed)
+    return torch.cat([a, more_a]), torch.cat([b, more_b], dim=1)

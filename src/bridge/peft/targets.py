@@ -110,6 +110,35 @@ def output_heads(model: nn.Module) -> set[int]:
     return heads
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether `"all-linear"` means a module that can be adapted.
+
+    Args:
+        module: Any module.
+    """
+    kind = kind_of(type(module))
+    return kind is not None and kind.in_all_linear
+
+
+def tied_modules(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """The linears and embeddings whose weight another one holds too, with the others' names.
+
+    Args:
+        model: The model; it is not touched.
+    """
+    holders: dict[int, dict[nn.Module, str]] = {}
+    for candidate in candidates(model):
+        if isinstance(candidate.module, nn.Linear | nn.Embedding):
+            key = id(candidate.module.weight)
+            holders.setdefault(key, {})[candidate.module] = candidate.fqn
+    return {
+        module: [fqn for other, fqn in named.items() if other is not module]
+        for named in holders.values()
+        for module in named
+        if len(named) > 1
+    }
+
+
 def _is_linear(module: nn.Module) -> bool:
     kind = kind_of(type(module))
     return isinstance(module, nn.Linear) or (kind is not None and kind.wraps)
@@ -172,8 +201,9 @@ def match_targets(
     reasons = {
         id(c.module): alone.get(c.module) or unsupported_reason(c.module) for c in everything
     }
-    linears = [c for c in everything if reasons[id(c.module)] is None]
-    if not linears:
+    adaptable = [c for c in everything if reasons[id(c.module)] is None]
+    linears = [c for c in adaptable if is_linear(c.module)]
+    if not (linears if targets == ALL_LINEAR else adaptable):
         raise TargetError(
             f"{type(model).__name__} has no linear that can be adapted"
             f"{_first_reason(everything, reasons)}"
@@ -186,8 +216,8 @@ def match_targets(
     else:
         wanted = set()
         for entry in [targets] if isinstance(targets, str) else targets:
-            wanted |= _targets_of(entry, everything, linears, reasons)
-    chosen = [c for c in linears if id(c.module) in wanted - excluded]
+            wanted |= _targets_of(entry, everything, adaptable, reasons)
+    chosen = [c for c in adaptable if id(c.module) in wanted - excluded]
     if not chosen:
         raise TargetError(
             f"all {len(linears)} linears are excluded or output heads; name the ones to adapt in "
@@ -219,10 +249,10 @@ def _first_reason(everything: list[Candidate], reasons: dict[int, str | None]) -
 def _targets_of(
     entry: str,
     everything: list[Candidate],
-    linears: list[Candidate],
+    pool: list[Candidate],
     reasons: dict[int, str | None],
 ) -> set[int]:
-    hits = _matching(entry, everything, "target_modules", linears)
+    hits = _matching(entry, everything, "target_modules", pool)
     adaptable = {id(c.module) for c in hits if reasons[id(c.module)] is None}
     if not adaptable:
         found = sorted({type(c.module).__name__ for c in hits})
@@ -256,16 +286,17 @@ def _below(hits: list[Candidate], reasons: dict[int, str | None]) -> str:
 
 
 def _matching(
-    entry: str, everything: list[Candidate], field: str, linears: list[Candidate] | None = None
+    entry: str, everything: list[Candidate], field: str, pool: list[Candidate] | None = None
 ) -> list[Candidate]:
     """The candidates that match `entry`; `TargetError` with the nearest names where none does."""
     hits = [c for c in everything if c.fqn and c.matches(entry)]
     if hits:
         return hits
-    pool = everything if linears is None else linears
-    kind = "modules" if linears is None else "linears"
+    known = everything if pool is None else pool
+    linears = sum(is_linear(c.module) for c in known)
+    what = f"{len(known)} modules" if pool is None else f"{linears} linears"
     raise TargetError(
-        f"{field} entry {entry!r} matches none of the {len(pool)} {kind}{did_you_mean(entry, pool)}"
+        f"{field} entry {entry!r} matches none of the {what}{did_you_mean(entry, known)}"
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bridge.peft.branch.initializers import initialize
+from bridge.peft.errors import UnsupportedLinearError
 from bridge.peft.parallel.layout import placed
 from bridge.peft.parallel.megatron import mark
 from bridge.peft.parallel.shard import Shard
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import Placement
 
 
+#: Parts of a matrix, each as (first row, end, first column, end).
+Blocks = tuple[tuple[int, int, int, int], ...]
 #: The `init_method` of a matrix whose values come from elsewhere: a weight, a file.
 GIVEN = "given"
 
@@ -33,8 +36,10 @@ class LoRAMatrix(nn.Module):
     Attributes:
         weight: (out_features, in_features), trainable; (experts, out_features, in_features) of
             a branch on a stack of weights.
-        init_method: `"xavier"`, `"uniform"`, `"zeros"`, or `GIVEN`.
+        init_method: `"xavier"`, `"uniform"`, `"normal"`, `"zeros"`, or `GIVEN`.
         seed: Seed of the draw; None uses torch's default CPU generator.
+        blocks: What of the weight is not zero, as (first row, end, first column, end); None for
+            all of it.
 
     Args:
         values: To start from instead of a draw; of the weight's shape.
@@ -42,6 +47,7 @@ class LoRAMatrix(nn.Module):
     """
 
     weight: nn.Parameter
+    mask: Tensor | None
 
     def __init__(
         self,
@@ -52,6 +58,7 @@ class LoRAMatrix(nn.Module):
         seed: int | None = None,
         values: Tensor | None = None,
         stack: tuple[int, ...] = (),
+        blocks: Blocks | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -60,6 +67,7 @@ class LoRAMatrix(nn.Module):
         self.out_features = out_features
         self.init_method = init_method
         self.seed = seed
+        self.blocks = blocks
         self.weight = nn.Parameter(
             torch.empty((*stack, out_features, in_features), device=device, dtype=dtype)
         )
@@ -68,6 +76,21 @@ class LoRAMatrix(nn.Module):
         else:
             with torch.no_grad():
                 self.weight.copy_(values)
+        mask = None if blocks is None else torch.empty(self.weight.shape, device="meta")
+        self.register_buffer("mask", mask, persistent=False)
+        self._set_mask()
+
+    def _set_mask(self) -> None:
+        if self.blocks is not None:
+            mask = torch.zeros(self.out_features, self.in_features, dtype=torch.bool, device="cpu")
+            for top, bottom, left, right in self.blocks:
+                mask[top:bottom, left:right] = True
+            self.mask = mask.to(self.weight.device)
+
+    @property
+    def values(self) -> Tensor:
+        """The weight to compute with: zero outside the blocks, to which no gradient gets."""
+        return self.weight if self.mask is None else self.weight * self.mask
 
     def reset_parameters(self) -> None:
         """Draw the initial values again (zero for B), in place; NaN where they were not drawn."""
@@ -85,6 +108,11 @@ class LoRAMatrix(nn.Module):
             placement: What each of them keeps.
             alike: Whether all ranks hold the same values; the first one's count otherwise.
         """
+        if self.blocks is not None:
+            raise UnsupportedLinearError(
+                "parts of a projection that tensor parallelism has cut cannot be adapted alone; "
+                "leave out parts"
+            )
         if not is_sharded(self.weight):
             self.weight = placed(self.weight, mesh, placement, alike=alike)
 
@@ -102,8 +130,10 @@ class LoRAMatrix(nn.Module):
         self.weight.copy_(sharded_like(values.to(self.weight.dtype), self.weight))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x Wᵀ`: (..., in_features) -> (..., out_features)."""
-        return F.linear(x, self.weight)
+        """`x Wᵀ`: (..., in_features) -> (..., out_features); an index stands for a one-hot row."""
+        return (
+            F.linear(x, self.values) if x.is_floating_point() else F.embedding(x, self.weight.t())
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `to_empty` after `meta` would leave whatever the memory held before.
@@ -111,6 +141,7 @@ class LoRAMatrix(nn.Module):
         super()._apply(fn, recurse)
         if was_meta:
             self.reset_parameters()
+            self._set_mask()
         return self
 
     def extra_repr(self) -> str:

@@ -12,8 +12,10 @@ from torch.nn.parameter import UninitializedParameter
 
 from bridge.peft.branch.functions.carried import CarriesFunctions, carry
 from bridge.peft.branch.functions.starts import is_start, is_subtracted, split
-from bridge.peft.branch.matrix import GIVEN, LoRAMatrix
+from bridge.peft.branch.matrix import GIVEN, Blocks, LoRAMatrix
 from bridge.peft.branch.options import BranchOptions, DropoutPosition, InitMethod
+from bridge.peft.branch.quantised.format import input_dtypes
+from bridge.peft.branch.quantised.table import format_of
 from bridge.peft.branch.untouched import check_untouched, foreign_patch
 from bridge.peft.errors import AdapterError, UnsupportedLinearError
 from bridge.peft.ops.dispatch import ComputePath, choose_path, lora_add
@@ -78,6 +80,10 @@ class LoRAMixin(CarriesFunctions):
     plain_forward: ClassVar[bool] = False
     #: True if the base stores its weight as (in_features, out_features).
     transposed: ClassVar[bool] = False
+    #: Whether `"all-linear"` means modules of this kind.
+    in_all_linear: ClassVar[bool] = True
+    #: What follows a module's name in the keys of A and B in PEFT's files.
+    peft_keys: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
     #: True if the kind stands in its base's place and holds it, instead of patching it in place.
     wraps: ClassVar[bool] = False
     #: Whether a branch on this kind can be DoRA's, or start from the weight.
@@ -137,6 +143,20 @@ class LoRAMixin(CarriesFunctions):
             )
         if reason := cls.refusal(module):
             raise UnsupportedLinearError(f"cannot copy this {type(module).__name__}: {reason}")
+
+    @classmethod
+    def init_methods(cls, options: BranchOptions) -> tuple[str, str]:
+        """How A and B start; one of the two is zero, unless both come out of the weight."""
+        if is_start(options.lora_A_init_method):
+            return GIVEN, GIVEN
+        return options.lora_A_init_method, "zeros"
+
+    @classmethod
+    def blocks_of_b(cls, module: nn.Module, options: BranchOptions) -> Blocks | None:
+        """What of B is not zero; None where all of it is trained."""
+        if options.rows is None:
+            return None
+        return tuple((start, stop, 0, options.dim) for start, stop in options.rows)
 
     @classmethod
     def features(cls, module: nn.Module) -> tuple[int, int]:
@@ -267,6 +287,16 @@ class LoRAMixin(CarriesFunctions):
         """Whether the base computes `F.linear` on plain tensors, not on a tensor subclass."""
         return self.plain_forward and is_plain(self.base_weight)
 
+    def sample_input(self, rows: int) -> Tensor:
+        """A random input of a few rows, in the dtype that the base takes; A's if W is packed."""
+        weight = self.base_weight
+        dtype = input_dtypes(self)[0] if format_of(self) is not None else weight.dtype
+        return torch.randn(rows, self.input_width).to(weight.device, dtype)
+
+    def is_zero(self) -> bool:
+        """Whether the branch is zero, as at the start."""
+        return not (bool(self.lora_a.weight.any()) and bool(self.lora_b.weight.any()))
+
     def is_linear(self) -> bool:
         """Whether the base computes `W x + b`, so that merging into W keeps the function."""
         return True
@@ -362,11 +392,11 @@ class LoRAMixin(CarriesFunctions):
         if a is not None and b is not None and is_subtracted(options.lora_A_init_method):
             (a, b), start = split(a, b)
         n_in, n_out = cls.features(module)
-        method, of_b = options.lora_A_init_method, "zeros"
-        if is_start(method):
-            method = of_b = GIVEN
-        lora_a = LoRAMatrix(n_in, options.dim, method, seed=seed, values=a, **placed)
-        lora_b = LoRAMatrix(options.dim, n_out, of_b, values=b, **placed)
+        a_method, b_method = cls.init_methods(options)
+        lora_a = LoRAMatrix(n_in, options.dim, a_method, seed=seed, values=a, **placed)
+        blocks = cls.blocks_of_b(module, options)
+        placed_b: dict[str, Any] = {"seed": seed, "values": b, "blocks": blocks, **placed}
+        lora_b = LoRAMatrix(options.dim, n_out, b_method, **placed_b)
         module.requires_grad_(False)
         for name, value in branch_settings(options).items():
             setattr(module, name, value)

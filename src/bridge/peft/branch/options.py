@@ -33,6 +33,24 @@ def check_alpha(alpha: object, name: str = "alpha") -> None:
         )
 
 
+def are_ranges(rows: object) -> bool:
+    """Whether this is at least one (first, end), in ascending order and without overlap.
+
+    Args:
+        rows: Anything.
+    """
+    if not isinstance(rows, tuple | list) or not rows:
+        return False
+    last = 0
+    for item in rows:
+        if not isinstance(item, tuple | list) or [*map(type, item)] != [int, int]:
+            return False
+        if not last <= item[0] < item[1]:
+            return False
+        last = item[1]
+    return True
+
+
 @dataclass(frozen=True, kw_only=True)
 class BranchOptions:
     """The options of one branch `scale · B A x`.
@@ -52,6 +70,8 @@ class BranchOptions:
             2024, arXiv:2402.09353).
         freeze_a: A stays as it was drawn, and only B trains (LoRA-FA, Zhang et al., 2023,
             arXiv:2308.03303): of the input nothing is kept for backward.
+        rows: Which rows of B are trained, as (first, end) in ascending order; the others stay
+            zero. None for all: parts of a fused projection are chosen so.
 
     Raises:
         AdapterError: A value is out of its range (a `ValueError`).
@@ -66,6 +86,7 @@ class BranchOptions:
     use_rslora: bool = False
     use_dora: bool = False
     freeze_a: bool = False
+    rows: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
         check_dim(self.dim)
@@ -86,6 +107,12 @@ class BranchOptions:
             raise AdapterError(
                 f"lora_dtype must be a trainable floating dtype, got {self.lora_dtype!r}; "
                 "pass torch.bfloat16, torch.float16, torch.float32 or torch.float64"
+            )
+
+        if self.rows is not None and not are_ranges(self.rows):
+            raise AdapterError(
+                "rows must be (first, end) of rows of B in ascending order, without overlap, got "
+                f"{self.rows!r:.80}"
             )
 
     @property

@@ -9,7 +9,10 @@ from bridge.peft.errors import AlreadyAdaptedError, UnsupportedLinearError
 from bridge.peft.parallel.transformers_styles import is_tensor_parallel
 
 #: Why a module of no kind cannot be adapted.
-NOT_A_LINEAR = "it is neither a torch.nn.Linear nor a transformer_engine.pytorch.Linear"
+NOT_A_LINEAR = (
+    "it is neither a torch.nn.Linear nor a transformer_engine.pytorch.Linear, and no embedding or "
+    "convolution"
+)
 
 
 def check_untouched(module: nn.Module) -> None:

@@ -74,6 +74,10 @@ def describe(adapter: AdapterFile) -> dict[str, Any]:
         "parameters": sum(module["parameters"] for module in modules),
         "dead_modules": [module["fqn"] for module in modules if module["dead"]],
         "modules": modules,
+        "token_rows": [
+            {"fqn": fqn, "tokens": list(adapter.token_indices(fqn)), "parameters": rows.numel()}
+            for fqn, rows in adapter.tokens.items()
+        ],
         "saved_in_full": whole,
     }
 
@@ -93,6 +97,9 @@ def _lines(report: dict[str, Any]) -> list[str]:
         "",
         f"{len(report['modules'])} modules, {report['parameters']:,} parameters",
     ]
+    for embedding in report["token_rows"]:
+        shown = some_names([str(token) for token in embedding["tokens"]])
+        lines.append(f"rows of {embedding['fqn']} for the tokens {shown}")
     if whole := report["saved_in_full"]:
         shown = [f"{t['name']} {'×'.join(map(str, t['shape']))}" for t in whole]
         size = sum(tensor["parameters"] for tensor in whole)

@@ -17,7 +17,7 @@ from bridge.peft.doctor.tensor_checks import tensor_checks
 from bridge.peft.errors import AdapterError
 from bridge.peft.formats.peft import AdapterFile, load_adapter, read_adapter
 from bridge.peft.formats.peft.fingerprint import differences
-from bridge.peft.formats.peft.fit import plan_load
+from bridge.peft.formats.peft.fit import plan_load, plan_tokens
 from bridge.peft.formats.peft.places import placed
 from bridge.peft.lora import LoRA
 from bridge.peft.model.participation import check_still_adapted
@@ -78,6 +78,7 @@ def _fits(file: AdapterFile, model: nn.Module) -> Check:
     name = "keys and shapes"
     try:
         planned, _ = plan_load(file, model)
+        plan_tokens(file, model)
     except AdapterError as error:
         return Check(name, "fail", str(error), "load it on the model that it was trained on")
     return Check(name, "pass", f"all {len(planned)} modules of the file fit the model")

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from bridge.peft.branch.mixin import LoRAMixin
-from bridge.peft.branch.quantised.format import input_dtypes
 from bridge.peft.branch.quantised.table import format_of
+from bridge.peft.branch.token_rows import WithTokenRows
 from bridge.peft.doctor.report import Check, some, verdict
 from bridge.peft.doctor.sample_inputs import sample_inputs
 from bridge.peft.dtypes import TRAINABLE_DTYPES, dtype_name
@@ -29,6 +29,7 @@ from bridge.peft.merging.report import LOST
 from bridge.peft.merging.weight import merge_weight
 from bridge.peft.model.disable import disable_adapters
 from bridge.peft.model.participation import Watch
+from bridge.peft.model.walk import adapter_parameters
 from bridge.peft.ops.magnitude import row_squares
 from bridge.peft.parallel.fsdp import sharded_modules
 from bridge.peft.tensors import all_finite, is_plain, is_sharded
@@ -73,9 +74,13 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
 def _b_set_to(layers: Layers, value: str) -> Iterator[None]:
     """Within the context every B is zero or random; afterwards the same tensors are back.
 
-    DoRA's magnitudes are those of a fresh adapter.
+    DoRA's magnitudes are those of a fresh adapter. With a random B, an A that is zero (an
+    embedding's, at the start) is random too.
     """
     weights = [layer.lora_b.weight for layer in layers.values()]
+    if value == "random":
+        matrices = [layer.lora_a.weight for layer in layers.values()]
+        weights += [a for a in matrices if not bool(a.any())]
     magnitudes = [m for layer in layers.values() if (m := layer.magnitude) is not None]
     weights += [m.weight for m in magnitudes]
     weights += [layer.start.b for layer in layers.values() if layer.start is not None]
@@ -93,9 +98,22 @@ def _b_set_to(layers: Layers, value: str) -> Iterator[None]:
             weight.data = data
 
 
+@contextmanager
+def _token_rows_off(model: nn.Module) -> Iterator[None]:
+    """Within the context trained token rows, which have values from the start, take no part."""
+    modules = [m for m in model.modules() if isinstance(m, WithTokenRows)]
+    for module in modules:
+        module.adapter_enabled = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.adapter_enabled = True
+
+
 def _frozen(model: nn.Module, layers: Layers) -> Check:
     name = "what is trained"
-    own = {id(p) for layer in layers.values() for p in layer.adapter_parameters().values()}
+    own = {id(p) for _, p in adapter_parameters(model)}
     idle = [f for f, m in layers.items() if not all(p.requires_grad for p in _trained(m))]
     if idle:
         fix = "requires_grad_(True) on lora_a and lora_b of these modules"
@@ -152,7 +170,7 @@ def _no_op(layers: Layers) -> Check:
     differ: list[str] = []
     with torch.no_grad(), _b_set_to(layers, "zero"):
         for fqn, layer in layers.items():
-            x = _input(layer)
+            x = layer.sample_input(_ROWS)
             with_branch = _first(layer(x))
             with disable_adapters(layer):
                 if not torch.equal(with_branch, _first(layer(x))):
@@ -167,7 +185,7 @@ def _gradients(layers: Layers) -> Check:
     missing: list[str] = []
     with torch.enable_grad(), _b_set_to(layers, "random"):
         for fqn, layer in layers.items():
-            loss = _first(layer(_input(layer))).float().square().sum()
+            loss = _first(layer(layer.sample_input(_ROWS))).float().square().sum()
             wanted = _trained(layer)
             trained = all(p.requires_grad for p in wanted) and loss.requires_grad
             if not trained or not _all_reached(
@@ -212,7 +230,7 @@ def _runs(
     watch = Watch(model, layers)
     try:
         with torch.no_grad(), _b_set_to(layers, "zero"):
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _token_rows_off(model):
                 warnings.simplefilter("ignore")  # what the watch finds is this check's own result
                 with_branches = _first(model(**inputs))
             with disable_adapters(model):
@@ -237,7 +255,8 @@ def _save_and_load(model: nn.Module, layers: Layers) -> Check:
     mine = adapter_of(model)
     pairs = [(again.tensors.get(fqn), pair) for fqn, pair in mine.tensors.items()]
     pairs += [((again.magnitudes.get(f),), (m,)) for f, m in mine.magnitudes.items()]
-    same = len(again.tensors) + len(again.magnitudes) == len(pairs)
+    pairs += [((again.tokens.get(f),), (rows,)) for f, rows in mine.tokens.items()]
+    same = len(again.tensors) + len(again.magnitudes) + len(again.tokens) == len(pairs)
     if same and all(_are_equal(loaded, saved) for loaded, saved in pairs):
         return Check(name, "pass", "every tensor and scale comes back bit for bit")
     return Check(name, "fail", "tensors differ", "please report this with the model's name")
@@ -297,13 +316,6 @@ def _trained(layer: LoRAMixin) -> list[nn.Parameter]:
     if layer.branch_options.freeze_a:
         frozen.append("lora_a.weight")
     return [p for name, p in layer.adapter_parameters().items() if name not in frozen]
-
-
-def _input(layer: LoRAMixin) -> Tensor:
-    """Random rows in the dtype that the base takes: its weight's, or the likeliest if packed."""
-    weight = layer.base_weight
-    dtype = input_dtypes(layer)[0] if format_of(layer) is not None else weight.dtype
-    return torch.randn(_ROWS, layer.input_width).to(weight.device, dtype)
 
 
 def _first(output: Any) -> Tensor:

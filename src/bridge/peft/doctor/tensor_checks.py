@@ -32,14 +32,15 @@ def _finite(pairs: Pairs) -> Check:
 
 def _trained(pairs: Pairs) -> Check:
     name = "dead modules"
-    dead = [fqn for fqn, (_, b) in pairs.items() if not bool(b.count_nonzero())]
+    # an embedding's branch starts with A at zero, all others with B
+    dead = [f for f, ab in pairs.items() if not all(bool(t.count_nonzero()) for t in ab)]
     if len(dead) == len(pairs):
-        return Check(name, "warn", "every B is zero: the adapter was never trained")
+        return Check(name, "warn", "every update is zero: the adapter was never trained")
     fix = (
         "these modules got no gradient: leave them out of target_modules, or see why the model "
         "does not use them"
     )
-    good, found = "every B has moved from zero", "B is still zero in"
+    good, found = "every update has moved from zero", "the update is still zero in"
     return verdict(name, dead, len(pairs), found, fix, good=good, status="warn")
 
 

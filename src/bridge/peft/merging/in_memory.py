@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -20,6 +21,11 @@ from bridge.peft.merging.quantised import (
 )
 from bridge.peft.merging.report import MergeReport, MergeRow
 from bridge.peft.merging.shared_weights import sharers
+from bridge.peft.merging.token_rows import (
+    check_rows_mergeable,
+    merge_token_rows,
+    unmerge_token_rows,
+)
 from bridge.peft.merging.weight import merge_weight
 from bridge.peft.model.disable import check_kept
 from bridge.peft.model.participation import takes_no_part
@@ -98,27 +104,26 @@ def merge(
         if requantize and (form := format_of(layer)) is not None:
             check_can_be_packed_again(fqn, layer, form)
         _check_finite(fqn, layer, compute_dtype, dense_dtype)
+    check_rows_mergeable(model)
     merge_layer = functools.partial(
         _merge_layer,
         compute_dtype=compute_dtype,
         keep_base=keep_base,
         dense_dtype=None if requantize else dense_dtype,
     )
-    for layer in tied:
-        own = nn.Parameter(layer.base_weight.detach().clone(), requires_grad=False)
-        setattr(layer.base, layer.weight_name, own)
-        forget_tie(unwrap(model))
+    notes = _untie(model, tied)
     rows: list[MergeRow] = []
     try:
         for fqn, layer in layers:
             rows.append(merge_layer(fqn, layer))
+        notes += merge_token_rows(model, keep_base=keep_base)
     except BaseException:
         # out of memory, Ctrl-C: no model is left half merged if the originals are there
         for _, layer in layers:
             if layer.unmerged_weight is not None:
                 _restore(layer)
         raise
-    return MergeReport(tuple(rows), tuple(dense_while_merged(unwrap(model))))
+    return MergeReport(tuple(rows), (*notes, *dense_while_merged(unwrap(model))))
 
 
 @torch.no_grad()
@@ -139,9 +144,24 @@ def unmerge(model: nn.Module) -> None:
     for fqn, layer in merged:
         check_kept(fqn, layer)
         _check_enabled(fqn, layer)
+    unmerge_token_rows(model)
     for _, layer in merged:
         _restore(layer)
     quantised_again(unwrap(model))
+
+
+def _untie(model: nn.Module, tied: Mapping[LoRAMixin, list[str]]) -> tuple[str, ...]:
+    """Give layers whose weight is shared one of their own, in place; what that changed."""
+    names = {module: fqn for fqn, module in adapted_modules(model)}
+    for layer in tied:
+        own = nn.Parameter(layer.base_weight.detach().clone(), requires_grad=False)
+        setattr(layer.base, layer.weight_name, own)
+        forget_tie(unwrap(model))
+    return tuple(
+        f"{names[layer]} is no longer tied to {', '.join(others)}; the model's config says so too "
+        "(tie_word_embeddings=False)"
+        for layer, others in tied.items()
+    )
 
 
 def _merge_layer(
@@ -191,8 +211,12 @@ def _restore(layer: LoRAMixin) -> None:
 
 def _mergeable_layers(
     model: nn.Module, *, untie: bool
-) -> tuple[list[tuple[str, LoRAMixin]], list[LoRAMixin]]:
-    """All adapted layers and those to untie, or `AdapterError` with the first reason against it."""
+) -> tuple[list[tuple[str, LoRAMixin]], dict[LoRAMixin, list[str]]]:
+    """All adapted layers, and those to untie with the names of what shares their weight.
+
+    Raises:
+        AdapterError: With the first reason against it.
+    """
     layers: list[tuple[str, LoRAMixin]] = []
     for fqn, module in adapted_modules(model):
         if not isinstance(module, LoRAMixin):
@@ -218,7 +242,7 @@ def _mergeable_layers(
             f"{sharded[0]} shares its weight with {', '.join(shared[tied[0][1]])}, and both are "
             "sharded as one; save the adapter and merge it into the unsharded base"
         )
-    return layers, [layer for _, layer in tied]
+    return layers, {layer: shared[layer] for _, layer in tied}
 
 
 def _check_mergeable(fqn: str, layer: LoRAMixin) -> None:
@@ -248,7 +272,7 @@ def _check_mergeable(fqn: str, layer: LoRAMixin) -> None:
             f"{fqn} is a {layer.base_type.__name__}, whose own forward is not W x + b: merged into "
             "its weight, the branch would compute something else; keep it unmerged"
         )
-    if takes_no_part(layer) and bool(layer.lora_b.weight.any()):
+    if takes_no_part(layer) and not layer.is_zero():
         raise AdapterError(
             f"{fqn} was never called, though the model and the module around it ran: its branch "
             "takes no part, and merging it could change the model; leave it out with "

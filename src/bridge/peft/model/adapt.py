@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
@@ -14,6 +15,8 @@ from bridge.peft.branch.kinds.read_linear import hook_reader
 from bridge.peft.branch.mixin import LoRAMixin, Start
 from bridge.peft.branch.options import BranchOptions
 from bridge.peft.branch.patch import add_branch, take_branch_off
+from bridge.peft.branch.token_rows import WithTokenRows, give_token_rows, take_token_rows_off
+from bridge.peft.dtypes import sound_dtype
 from bridge.peft.errors import AdapterError, AlreadyAdaptedError
 from bridge.peft.model.encoder_fast_path import keep_encoders_off_fast_path
 from bridge.peft.model.input_gradients import let_inputs_require_grad
@@ -24,7 +27,7 @@ from bridge.peft.model.pretrained import (
     remember_random_modules,
 )
 from bridge.peft.model.trained_parameters import train_in_full
-from bridge.peft.model.walk import adapted_modules, output_head, wrappers
+from bridge.peft.model.walk import adapted_modules, output_head, token_rows_of, wrappers
 from bridge.peft.model.weight_reads import read_weights
 from bridge.peft.parallel.fsdp import check_can_join, join, reshard
 
@@ -45,6 +48,26 @@ class Planned(NamedTuple):
     options: BranchOptions
     start: Start
     parameter: str = ""
+
+
+class PlannedTokens(NamedTuple):
+    """Some tokens of one embedding, whose rows are trained.
+
+    Attributes:
+        fqn: The embedding's fully qualified name.
+        module: The embedding.
+        tokens: In ascending order, each once.
+        followers: What is tied to it.
+        values: (count, embedding_dim), to start from; None starts from the base's own rows.
+        dtype: Of the rows; None is float32 over a half-precision base, else the base's.
+    """
+
+    fqn: str
+    module: nn.Module
+    tokens: tuple[int, ...]
+    followers: tuple[nn.Module, ...]
+    values: Tensor | None = None
+    dtype: torch.dtype | None = None
 
 
 def check_can_be_adapted(model: nn.Module) -> None:
@@ -68,6 +91,10 @@ def check_can_be_adapted(model: nn.Module) -> None:
             f"the model already carries adapters (first: {adapted[0] or type(model).__name__}); "
             "start from the base model, or go on with the adapter it has"
         )
+    if given := next(token_rows_of(model), None):
+        raise AlreadyAdaptedError(
+            f"the model already has trained token rows ({given[0]}); start from the base model"
+        )
     for fqn, module in model.named_modules():
         if any(isinstance(p, UninitializedParameter) for p in module._parameters.values()):
             raise AdapterError(
@@ -87,7 +114,10 @@ def _is_data_parallel(cls: type[nn.Module]) -> bool:
 
 
 def adapt_in_place(
-    model: nn.Module, planned: Sequence[Planned], trained: Iterable[nn.Module] = ()
+    model: nn.Module,
+    planned: Sequence[Planned],
+    trained: Iterable[nn.Module] = (),
+    tokens: Sequence[PlannedTokens] = (),
 ) -> None:
     """Freeze a model and adapt some of its modules, in place; on an error nothing has changed.
 
@@ -95,6 +125,7 @@ def adapt_in_place(
         model: The base model, not wrapped.
         planned: The modules to adapt; that they can be was checked before.
         trained: Modules that are trained in full beside the branches.
+        tokens: Token rows that are trained beside them; that they can be was checked before.
     """
     check_can_join(model, [module for _, module, *_ in planned])
     reshard(model)  # what is frozen and replaced now must be the parameters, not gathered copies
@@ -104,6 +135,7 @@ def adapt_in_place(
         read.setdefault(head, []).append(model)
     wanted_grad = [p for p in model.parameters() if p.requires_grad]
     layers: dict[str, LoRAMixin] = {}
+    embeddings: list[WithTokenRows] = []
     try:
         model.requires_grad_(False)
         for fqn, module, options, start, parameter in planned:
@@ -113,18 +145,32 @@ def adapt_in_place(
             layer = add_branch(module, options, start, is_read=module in read, name=fqn)
             layers[fqn] = layer
             put_in_place_of(model, module, layer)
+        for plan in tokens:
+            embeddings.append(_give_rows(plan))
         train_in_full(model, trained)  # copies all before it changes anything
         join(model, [place for layer in layers.values() for place in _places(layer)])
     except BaseException:
+        for plan, _ in zip(tokens, embeddings, strict=False):
+            for module in (plan.module, *plan.followers):
+                assert isinstance(module, WithTokenRows)
+                take_token_rows_off(module)
         _undo(model, layers.values(), wanted_grad)
         raise
-    for reader in {r for _, module, *_ in planned for r in read.get(module, ())}:
+    changed = [p.module for p in planned] + [m for p in tokens for m in (p.module, *p.followers)]
+    for reader in {r for module in changed for r in read.get(module, ())}:
         hook_reader(reader)
     let_inputs_require_grad(model)
     keep_encoders_off_fast_path(model)
     prepare_pretrained(model)
     remember_random_modules(model, random)
     watch_first_forward(model, layers)
+
+
+def _give_rows(plan: PlannedTokens) -> WithTokenRows:
+    embedding = plan.module
+    assert isinstance(embedding, nn.Embedding)
+    dtype = plan.dtype or sound_dtype(embedding.weight.dtype)
+    return give_token_rows(embedding, plan.tokens, plan.followers, dtype=dtype, values=plan.values)
 
 
 def _places(layer: LoRAMixin) -> Iterator[tuple[nn.Module, str]]:

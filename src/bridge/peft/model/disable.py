@@ -12,11 +12,12 @@ from torch import nn
 
 from bridge.peft.branch.dense import SetAside, base_restored
 from bridge.peft.branch.mixin import LoRAMixin
+from bridge.peft.branch.token_rows import WithTokenRows
 from bridge.peft.branch.wrapper import AdapterWrapper
 from bridge.peft.errors import AdapterError
 from bridge.peft.model.encoder_fast_path import encoder_fast_path
 from bridge.peft.model.trained_parameters import has_replaced, original_parameters
-from bridge.peft.model.walk import adapted_modules, unwrap
+from bridge.peft.model.walk import adapted_modules, token_rows_of, unwrap
 from bridge.peft.parallel.fsdp import reshard
 
 #: The modules that are switched off: by how many contexts, and what switches them on again.
@@ -46,6 +47,8 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     for fqn, module in modules:
         if isinstance(module, LoRAMixin) and module.merged:
             check_kept(fqn, module)
+    for fqn, module in token_rows_of(model):
+        check_rows_kept(fqn, module)
     root = unwrap(model)
     parts = list(root.modules())
     if writes := any(map(_is_written, parts)):
@@ -80,7 +83,9 @@ def _switch_off(module: nn.Module) -> None:
         stack.enter_context(original_parameters(module))
         if isinstance(module, LoRAMixin) and module.merged:
             stack.enter_context(_base_weight_restored(module))
-        if isinstance(module, LoRAMixin | AdapterWrapper):
+        if isinstance(module, WithTokenRows) and module.merged:
+            stack.enter_context(base_rows_restored(module))
+        if isinstance(module, LoRAMixin | AdapterWrapper | WithTokenRows):
             stack.callback(setattr, module, "adapter_enabled", module.adapter_enabled)
             module.adapter_enabled = False
         _OFF[module] = 1, stack.pop_all()
@@ -114,6 +119,41 @@ def _base_weight_restored(layer: LoRAMixin) -> Iterator[None]:
         with torch.no_grad():
             weight.copy_(merged)
         layer.weight_was_written()
+
+
+@contextmanager
+def base_rows_restored(module: WithTokenRows) -> Iterator[None]:
+    """Within the context a merged embedding has the base's own rows.
+
+    Args:
+        module: One that is merged; one that follows another does nothing.
+    """
+    if module.unmerged_rows is None:
+        yield
+        return
+    weight, indices = module.base_weight, module.rows.indices
+    merged = weight.detach()[indices]
+    with torch.no_grad():
+        weight[indices] = module.unmerged_rows.to(weight)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            weight[indices] = merged
+
+
+def check_rows_kept(fqn: str, module: WithTokenRows) -> None:
+    """Raise `AdapterError` if a merged embedding's own rows were given up.
+
+    Args:
+        fqn: Its name, for the message.
+        module: An embedding with rows of its own for some tokens.
+    """
+    if module.merged and module.unmerged_rows is None:
+        raise AdapterError(
+            f"{fqn} was merged with keep_base=False, so its base weight is gone; load the base "
+            "model again"
+        )
 
 
 def check_kept(fqn: str, layer: LoRAMixin) -> None:

@@ -13,6 +13,7 @@ from bridge.peft.branch.functions.dora import LoRAMagnitude
 from bridge.peft.branch.functions.starts import LoRAStart
 from bridge.peft.branch.matrix import LoRAMatrix
 from bridge.peft.branch.mixin import LoRAMixin
+from bridge.peft.branch.token_rows import TokenRows, WithTokenRows
 from bridge.peft.errors import AdapterError
 from bridge.peft.model.quantisation import let_quantised_train
 from bridge.peft.model.walk import clean_fqn, input_embedding, output_head
@@ -32,7 +33,8 @@ def prepare_pretrained(model: nn.Module) -> None:
     """
     let_quantised_train(model)
     ends = {"output head": output_head(model), "input embedding": input_embedding(model)}
-    adapted = [name for name, module in ends.items() if isinstance(module, LoRAMixin)]
+    kinds = (LoRAMixin, WithTokenRows)
+    adapted = [name for name, module in ends.items() if isinstance(module, kinds)]
     if adapted and hasattr(model, "resize_token_embeddings"):
         refuse = functools.partial(_refuse_to_resize, adapted[0])
         vars(model)["resize_token_embeddings"] = refuse
@@ -77,7 +79,8 @@ def remember_random_modules(model: nn.Module, fqns: Iterable[str]) -> None:
 
 def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
     # what a merge made of a quantised weight carries no mark, and is no part of the base
-    if isinstance(module, LoRAMatrix | LoRAMagnitude | LoRAStart | DenseLinearAdapter):
+    own = LoRAMatrix | LoRAMagnitude | LoRAStart | TokenRows | DenseLinearAdapter
+    if isinstance(module, own):
         return []
     return [p for p in module._parameters.values() if p is not None]
 

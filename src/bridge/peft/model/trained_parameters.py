@@ -14,11 +14,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bridge.peft.branch.mixin import LoRAMixin
-from bridge.peft.branch.wrapper import AdapterWrapper
+from bridge.peft.branch.token_rows import WithTokenRows
 from bridge.peft.errors import AdapterError
 from bridge.peft.model.pretrained import random_modules
-from bridge.peft.model.walk import clean_fqn, input_embedding, output_head, some_names
+from bridge.peft.model.walk import (
+    adapter_parameters,
+    clean_fqn,
+    input_embedding,
+    output_head,
+    some_names,
+    token_rows_of,
+)
 from bridge.peft.parallel.fsdp import is_managed, join
 from bridge.peft.tensors import is_sharded, sharded_like
 
@@ -144,8 +150,9 @@ def forget_tie(model: nn.Module) -> None:
         model: The model, not wrapped.
     """
     config = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False  # pyright: ignore[reportOptionalMemberAccess]
+    for part in (config, getattr(config, "text_config", None)):
+        if getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def trained_whole(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:
@@ -158,10 +165,7 @@ def trained_whole(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]
         Every base parameter that is trainable or was replaced, with its module, by name.
     """
     found: dict[str, tuple[nn.Module, nn.Parameter]] = {}
-    own: set[int] = set()
-    for module in model.modules():
-        if isinstance(module, LoRAMixin | AdapterWrapper):
-            own.update(id(p) for p in module.adapter_parameters().values())
+    own = {id(parameter) for _, parameter in adapter_parameters(model)}
     for fqn, module in model.named_modules():
         replaced = vars(module).get(_ORIGINALS, {})
         for name, parameter in module._parameters.items():
@@ -182,25 +186,28 @@ def lost_with_the_base(model: nn.Module) -> dict[str, nn.Module]:
         By fully qualified name.
     """
     found = random_modules(model)
-    if _has_new_vocabulary(model):
-        names = {module: clean_fqn(fqn) for fqn, module in model.named_modules()}
-        ends = (input_embedding(model), output_head(model))
-        found |= {names[module]: module for module in ends if module is not None}
+    names = {module: clean_fqn(fqn) for fqn, module in model.named_modules()}
+    ends = [m for m in (input_embedding(model), output_head(model)) if m is not None]
+    new = _new_tokens(model)
+    found |= {names[module]: module for module in ends} if new else {}
+    if new and any(new <= {*module.rows.tokens} for _, module in token_rows_of(model)):
+        # the adapter has the new rows, and the base's checkpoint the others
+        return {fqn: m for fqn, m in found.items() if not isinstance(m, WithTokenRows)}
     return found
 
 
-def _has_new_vocabulary(model: nn.Module) -> bool:
-    """Whether the vocabulary was resized since loading, so far as the base's config tells."""
+def _new_tokens(model: nn.Module) -> set[int]:
+    """The tokens that came, or went, with resizing since loading, as the base's config tells."""
     config, embedding = getattr(model, "config", None), input_embedding(model)
     path = getattr(config, "_name_or_path", None)
     if not path or not isinstance(embedding, nn.Embedding):
-        return False
+        return set()
     try:
         base = type(config).from_pretrained(path, local_files_only=True)  # pyright: ignore
         size = base.get_text_config().vocab_size
     except Exception:  # no such file here, or a config of another kind: nothing is known
-        return False
-    return size != embedding.weight.shape[0]
+        return set()
+    return {*range(*sorted((size, embedding.weight.shape[0])))}
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from torch import nn
 
 from bridge.peft.branch.kinds.experts import SUFFIX, ParameterBranch
 from bridge.peft.branch.mixin import LoRAMixin
+from bridge.peft.branch.token_rows import TokenRows, WithTokenRows
 from bridge.peft.branch.wrapper import AdapterWrapper
 
 #: Classes that hold a model as `module` and are not part of it, by name.
@@ -87,6 +88,32 @@ def state_prefix(fqn: str, module: nn.Module) -> str:
     return f"{fqn}{SUFFIX}" if isinstance(module, ParameterBranch) else fqn
 
 
+def token_rows_of(model: nn.Module) -> Iterator[tuple[str, WithTokenRows]]:
+    """The embeddings with rows of their own for some tokens, with their fully qualified names.
+
+    What is tied to one and follows it is left out.
+
+    Args:
+        model: A model, possibly inside `DistributedDataParallel` or compiled.
+    """
+    for fqn, module in unwrap(model).named_modules():
+        if isinstance(module, WithTokenRows) and module.followed_rows is None:
+            yield clean_fqn(fqn), module
+
+
+def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """A, B and what else is an adapter's own, under the names that the state dict gives them.
+
+    Args:
+        model: A model, possibly inside `DistributedDataParallel` or compiled.
+    """
+    for fqn, module in adapted_modules(model):
+        for name, parameter in module.adapter_parameters().items():
+            yield f"{state_prefix(fqn, module)}.{name}".lstrip("."), parameter
+    for fqn, module in token_rows_of(model):
+        yield f"{fqn}.token_rows.weight".lstrip("."), module.rows.weight
+
+
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that the base model has or had, each once, by fully qualified name.
 
@@ -101,7 +128,11 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
         for fqn, module in modules.items()
         if isinstance(module, LoRAMixin)
         for child in ("lora_a", "lora_b", "lora_start", "lora_magnitude", "dropout", "adapter")
-    ) + tuple(f"{fqn}." for fqn, module in modules.items() if isinstance(module, ParameterBranch))
+    ) + tuple(
+        f"{fqn}."
+        for fqn, module in modules.items()
+        if isinstance(module, ParameterBranch | TokenRows)
+    )
     return {fqn: module for fqn, module in modules.items() if not f"{fqn}.".startswith(own)}
 
 

@@ -210,13 +210,18 @@ def for_products(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Ten
     whose range the gradients of A and B may overflow, nor where bfloat16 is emulated.
     """
     narrow = x.dtype == torch.bfloat16 and lora_a.dtype == lora_b.dtype == torch.float32
-    if not narrow or not _has_bfloat16(x.device.type):
+    if not narrow or not has_bfloat16(x.device.type):
         return lora_a, lora_b
     return lora_a.to(torch.bfloat16), lora_b.to(torch.bfloat16)
 
 
 @functools.cache
-def _has_bfloat16(device: str) -> bool:
+def has_bfloat16(device: str) -> bool:
+    """Whether a kind of device multiplies bfloat16 itself, and does not emulate it.
+
+    Args:
+        device: `"cpu"`, `"cuda"`, …
+    """
     return device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 

@@ -61,6 +61,31 @@ def lora_linear_reference(
     )
 
 
+def lora_lookup_reference(
+    ids: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    padding_idx: int | None = None,
+    scale_grad_by_freq: bool = False,
+) -> Tensor:
+    """Return an embedding's branch ``scale * B A[:, ids]``: a lookup into A, then B.
+
+    Args:
+        ids: (...), indices of tokens.
+        lora_a: (dim, num_embeddings).
+        lora_b: (embedding_dim, dim).
+        scale: Factor of the branch.
+        padding_idx: The token whose column of A gets no gradient, or None.
+        scale_grad_by_freq: Whether gradients are divided by how often a token occurs.
+
+    Returns:
+        (..., embedding_dim), in ``lora_a.dtype`` (in autocast's dtype under autocast).
+    """
+    rows = F.embedding(ids, lora_a.t(), padding_idx, scale_grad_by_freq=scale_grad_by_freq)
+    return F.linear(rows * scale, lora_b)
+
+
 def dora_linear_reference(
     x: Tensor,
     weight: Tensor,

@@ -54,7 +54,7 @@ class CarriesFunctions(nn.Module):
         """A and B of the update `B A`: with a start that is subtracted, of twice the rank."""
         start = self.start
         return joined(
-            self.lora_a.weight, self.lora_b.weight, None if start is None else (start.a, start.b)
+            self.lora_a.weight, self.lora_b.values, None if start is None else (start.a, start.b)
         )
 
     def whole_factors(self) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,8 @@
 """The kinds of base that a branch can stand on: one file each, listed here and nowhere else."""
 
+from bridge.peft.branch.kinds.conv import ConvAdapter
 from bridge.peft.branch.kinds.conv1d import Conv1DAdapter
+from bridge.peft.branch.kinds.embedding import EmbeddingAdapter
 from bridge.peft.branch.kinds.linear import LinearAdapter
 from bridge.peft.branch.kinds.megatron import MegatronLinearAdapter
 from bridge.peft.branch.kinds.packed import PackedLinearAdapter
@@ -14,4 +16,6 @@ KINDS: tuple[type[LoRAMixin], ...] = (
     Conv1DAdapter,
     LinearAdapter,
     PackedLinearAdapter,
+    EmbeddingAdapter,
+    ConvAdapter,
 )

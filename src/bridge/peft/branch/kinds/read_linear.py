@@ -39,7 +39,7 @@ def _end(module: nn.Module, args: Any, output: Any) -> None:
         _running.depth = max(0, getattr(_running, "depth", 0) - 1)
 
 
-def _is_being_read() -> bool:
+def is_being_read() -> bool:
     """Whether a reader runs, here or in backward, which may run a part of its forward again."""
     if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
         return True
@@ -73,7 +73,7 @@ class ReadLinearAdapter(LinearAdapter):
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         """W; in a reader's forward `W + s · B A`, in the dtype of W, unless off or merged."""
         base = self.base_weight
-        if not _is_being_read():
+        if not is_being_read():
             return base
         self.note_call()
         if self.merged or not self.adapter_enabled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -116,6 +117,11 @@ def check_nothing_whole(adapter: AdapterFile, tool: str) -> None:
         adapter: A PEFT adapter.
         tool: Whose format cannot say it, for the message.
     """
+    if adapter.tokens:
+        raise AdapterError(
+            f"token rows of {next(iter(adapter.tokens))} are trained, which an adapter of {tool} "
+            "cannot hold; save it with the base model"
+        )
     if adapter.magnitudes:
         raise AdapterError(
             f"the adapter is DoRA's, whose magnitudes an adapter of {tool} cannot hold; merge it "
@@ -173,6 +179,7 @@ def restored(
     extra: Mapping[str, Any],
     layout: AttentionLayout | None,
     magnitudes: Mapping[str, Tensor] | None = None,
+    embeddings: Collection[str] = (),
 ) -> AdapterFile:
     """A PEFT adapter out of a foreign file, with its old config where that still holds.
 
@@ -182,13 +189,14 @@ def restored(
         extra: The decoded `bridge_adapter.json` of the foreign directory; may be empty.
         layout: The model's, if known: with the number of layers the config can be short.
         magnitudes: DoRA's, by module.
+        embeddings: The modules that are embeddings.
 
     Raises:
         AdapterFileError: Something does not fit.
     """
     magnitudes = dict(magnitudes or {})
     if not magnitudes and (old := _old_adapter(tensors, scales, extra)):
-        return old
+        return dataclasses.replace(old, embeddings={*embeddings})
     alphas = {fqn: alpha_for(scales[fqn], tensors[fqn][0].shape[0]) for fqn in tensors}
     config = new_config(
         {fqn: a.shape[0] for fqn, (a, _) in tensors.items()},
@@ -197,7 +205,9 @@ def restored(
         lora_dropout=extra.get("dropout", 0.0),
         use_dora=bool(magnitudes),
     )
-    adapter = AdapterFile(config=config, tensors=tensors, magnitudes=magnitudes)
+    adapter = AdapterFile(
+        config=config, tensors=tensors, magnitudes=magnitudes, embeddings={*embeddings}
+    )
     check_adapter(adapter)
     return adapter
 

@@ -25,10 +25,11 @@ def from_plain(
     Raises:
         AdapterFileError: There is no A and B, or they do not make pairs.
     """
-    pairs, magnitudes, rest = split_keys(tensors)
+    contents = split_keys(tensors)
+    pairs, rest = contents.pairs, contents.rest
     scales = {fqn: alpha / a.shape[0] for fqn, (a, _) in pairs.items()}
     steps = [Step(name=fqn, how="renamed") for fqn in pairs]
     if rest:
         more = f" with {len(rest) - 1} more: neither A nor B" if len(rest) > 1 else ""
         steps.append(Step(name=next(iter(rest)), how=f"left out{more}"))
-    return restored(pairs, scales, extra, None, magnitudes), steps
+    return restored(pairs, scales, extra, None, contents.magnitudes, contents.embeddings), steps

@@ -10,8 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from bridge.peft.branch.kinds import EmbeddingAdapter
+from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.errors import AdapterFileError
 from bridge.peft.formats.files.adapter_tensors import read_adapter_tensors
 from bridge.peft.formats.files.atomic import COMMITTED, write_files
@@ -26,12 +29,14 @@ from bridge.peft.formats.files.untrusted import (
     reading,
 )
 from bridge.peft.formats.peft.config import PeftConfig, parse_config, scale_of
-from bridge.peft.formats.peft.extra import check_extra, read_extra
+from bridge.peft.formats.peft.extra import branch_settings, check_extra, read_extra
 from bridge.peft.formats.peft.fields import check_method
+from bridge.peft.formats.peft.kernels import Kernel, unflattened
 from bridge.peft.formats.peft.keys import KEY_PREFIX, MAX_NAME_LENGTH, split_keys
 from bridge.peft.formats.peft.target_parameters import flattened, unwrapped, wrapped
 
-_SUFFIXES = (".lora_A.weight", ".lora_B.weight")
+#: The ends of the keys of A and B: of an embedding, and of everything else.
+_SUFFIXES = {True: EmbeddingAdapter.peft_keys, False: LoRAMixin.peft_keys}
 _MAGNITUDE = ".lora_magnitude_vector"
 #: Where PEFT puts the base's own parameters of an adapted module.
 _BASE = ".base_layer."
@@ -53,6 +58,11 @@ class AdapterFile:
         names_in_file: The file's name of each module that has another in the model.
         parameters: Which of the names in `tensors` are those of parameters, not of modules.
         alphas: Alphas that the config does not say, of branches that were put together.
+        embeddings: The modules that are embeddings: A is (rank, num_embeddings) and B
+            (embedding_dim, rank).
+        kernels: How A and B of the convolutions among them are shaped in the file.
+        tokens: New rows of embeddings, (count, embedding_dim), in the order of the config's
+            indices.
     """
 
     config: dict[str, Any]
@@ -63,6 +73,9 @@ class AdapterFile:
     names_in_file: dict[str, str] = field(default_factory=dict)
     parameters: set[str] = field(default_factory=set)
     alphas: dict[str, float] = field(default_factory=dict)
+    embeddings: set[str] = field(default_factory=set)
+    kernels: dict[str, Kernel] = field(default_factory=dict)
+    tokens: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def parsed(self) -> PeftConfig:
@@ -93,13 +106,17 @@ class AdapterFile:
         return self.names_in_file.get(fqn, fqn)
 
     def shapes(self) -> dict[str, tuple[int, ...] | None]:
-        """The shape (out_features, in_features) of every adapted weight, and of what is whole."""
+        """The shape (out_features, in_features) of every adapted weight, and of what is whole.
+
+        None for an embedding of which the file has some rows only, and for a parameter.
+        """
         adapted: dict[str, tuple[int, ...] | None] = {
             # which way round a parameter lies only its module knows
             self.weight_name(f): None if f in self.parameters else (b.shape[0], a.shape[1])
             for f, (a, b) in self.tensors.items()
         }
-        return adapted | {name: tuple(t.shape) for name, t in self.whole.items()}
+        rows = dict.fromkeys(f"{fqn}.weight" for fqn in self.tokens)
+        return adapted | rows | {name: tuple(t.shape) for name, t in self.whole.items()}
 
     @property
     def frozen(self) -> set[str]:
@@ -109,6 +126,12 @@ class AdapterFile:
     def rank(self, fqn: str) -> int:
         """The rank of one module: that of its tensors."""
         return self.tensors[fqn][0].shape[-2]
+
+    def token_indices(self, fqn: str) -> tuple[int, ...]:
+        """The tokens that the new rows of one embedding are of, in the order of the rows."""
+        named = self.parsed.trainable_token_indices
+        ends = [end for end in named if end and self.name_in_file(fqn).endswith(end)]
+        return named.get(ends[0] if ends else "", ())
 
     def alpha(self, fqn: str) -> float:
         """The alpha of one module, the config's pattern applied."""
@@ -171,13 +194,16 @@ def adapter_from(
     """
     adapter = AdapterFile(config=config, tensors={}, extra=extra)
     parsed = adapter.parsed  # raises: a config of another method explains strange keys
-    pairs, magnitudes, rest = split_keys(tensors)
+    contents = split_keys(tensors)
     check_extra(extra)
-    found, parameters = unwrapped(pairs, parsed, extra)
+    found, parameters = unwrapped(contents.pairs, parsed, extra)
     adapter.tensors.update(found)
     adapter.parameters.update(parameters)
-    adapter.magnitudes.update(magnitudes)
-    adapter.whole.update(_whole_tensors(rest, pairs))
+    adapter.magnitudes.update(contents.magnitudes)
+    adapter.embeddings.update(contents.embeddings)
+    adapter.tokens.update(contents.tokens)
+    adapter.kernels.update(contents.kernels)
+    adapter.whole.update(_whole_tensors(contents.rest, contents.pairs))
     check_adapter(adapter)
     return adapter
 
@@ -196,12 +222,24 @@ def check_adapter(adapter: AdapterFile) -> None:
         if fqn in adapter.parameters:  # checked when they were taken apart
             continue
         _check_shapes(parsed, fqn, a, b)
+        _check_rows(adapter, fqn, b)
         _check_magnitude(parsed, fqn, adapter.magnitudes.get(fqn), b)
         if parsed.target_modules is not None and not parsed.is_target(fqn):
             raise AdapterFileError(
                 f"the file has tensors for {fqn}, which target_modules does not match; save the "
                 "adapter again"
             )
+    for fqn, rows in adapter.tokens.items():
+        if fqn in adapter.tensors or len(adapter.token_indices(fqn)) != len(rows):
+            raise AdapterFileError(
+                f"the file has {len(rows)} token rows for {fqn}, and its config names "
+                f"{len(adapter.token_indices(fqn))} tokens of it; save the adapter again"
+            )
+    if parsed.trainable_token_indices and not adapter.tokens:
+        raise AdapterFileError(
+            "the config says trainable_token_indices, and the file has no token rows; save the "
+            "adapter again"
+        )
 
 
 def check_new(directory: str | Path) -> None:
@@ -235,9 +273,13 @@ def write_adapter(adapter: AdapterFile, directory: str | Path) -> Path:
     tensors = {_whole_key(name, adapter): tensor for name, tensor in adapter.whole.items()}
     places = wrapped(fqn for fqn in adapter.tensors if fqn in adapter.parameters)
     for fqn, pair in adapter.tensors.items():
+        if kernel := adapter.kernels.get(fqn):
+            pair = unflattened(*pair, kernel)
         pair = flattened(*pair) if fqn in places else pair
-        for suffix, tensor in zip(_SUFFIXES, pair, strict=True):
-            tensors[f"{KEY_PREFIX}{places.get(fqn, fqn)}{suffix}"] = tensor
+        for suffix, tensor in zip(_SUFFIXES[fqn in adapter.embeddings], pair, strict=True):
+            tensors[f"{KEY_PREFIX}{places.get(fqn, fqn)}.{suffix}"] = tensor
+    for fqn, rows in adapter.tokens.items():
+        tensors[f"{KEY_PREFIX}{fqn}.token_adapter.trainable_tokens_delta"] = rows
     for fqn, tensor in adapter.magnitudes.items():
         tensors[f"{KEY_PREFIX}{fqn}{_MAGNITUDE}"] = tensor
     write_files(
@@ -277,7 +319,24 @@ def _is_trained(name: str, config: PeftConfig) -> bool:
 
 def _whole_key(name: str, adapter: AdapterFile) -> str:
     fqn, _, last = name.rpartition(".")
+    if fqn in adapter.tokens:
+        return f"{KEY_PREFIX}{fqn}.original_module.{last}"
     return KEY_PREFIX + (f"{fqn}{_BASE}{last}" if fqn in adapter.tensors else name)
+
+
+def _check_rows(adapter: AdapterFile, fqn: str, b: Tensor) -> None:
+    """Raise unless B is zero outside the rows that `bridge_adapter.json` says are trained."""
+    rows = branch_settings(adapter.extra, adapter.name_in_file(fqn), 0.0)["rows"]
+    if rows is None:
+        return
+    outside = torch.ones(b.shape[0], dtype=torch.bool)
+    for start, stop in rows:
+        outside[start:stop] = False
+    if rows[-1][1] > b.shape[0] or bool(b[outside].any()):
+        raise AdapterFileError(
+            f"bridge_adapter.json trains some rows of B of {fqn}, and the file has others that "
+            "are not zero; save the adapter again, or delete bridge_adapter.json"
+        )
 
 
 def _check_shapes(config: PeftConfig, fqn: str, a: Tensor, b: Tensor) -> None:

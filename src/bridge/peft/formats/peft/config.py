@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from bridge.peft.errors import AdapterFileError
@@ -63,6 +63,8 @@ class PeftConfig:
         bias: `"none"`, `"lora_only"` or `"all"`: which biases the file holds.
         fan_in_fan_out: Whether the base's weights are transposed, (in_features, out_features).
         target_parameters: Ends of the names of adapted parameters, of dotted parts.
+        trainable_token_indices: Tokens whose rows are trained, by the end of the name of their
+            embedding; that of the input embedding is empty.
     """
 
     r: int
@@ -80,6 +82,7 @@ class PeftConfig:
     bias: str = "none"
     fan_in_fan_out: bool = False
     target_parameters: tuple[str, ...] = ()
+    trainable_token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def is_target(self, fqn: str) -> bool:
         """Whether PEFT would adapt the module of this name; `"all-linear"` needs the model.

@@ -9,14 +9,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bridge.peft.branch.kinds.embedding import EmbeddingAdapter
 from bridge.peft.branch.kinds.experts import ParameterBranch
 from bridge.peft.branch.kinds.read_linear import ReadLinearAdapter
 from bridge.peft.branch.mixin import LoRAMixin
+from bridge.peft.branch.token_rows import WithTokenRows
 from bridge.peft.errors import AdapterError
 from bridge.peft.formats.peft.adapter_file import AdapterFile
 from bridge.peft.formats.peft.config import alpha_for, new_config, scale_of
 from bridge.peft.formats.peft.experts import misread_by_peft
 from bridge.peft.formats.peft.fingerprint import fingerprint
+from bridge.peft.formats.peft.kernels import kernel_of
 from bridge.peft.formats.peft.names import choose_targets
 from bridge.peft.formats.peft.quantised_base import FIELD, quantised_groups
 from bridge.peft.formats.peft.saved_whole import whole_of
@@ -28,8 +31,10 @@ from bridge.peft.model.walk import (
     clean_fqn,
     output_head,
     some_names,
+    token_rows_of,
     unwrap,
 )
+from bridge.peft.tensors import full_tensor
 from bridge.peft.version import __version__
 
 
@@ -55,6 +60,8 @@ def adapter_of(model: nn.Module) -> AdapterFile:
     common = Counter(tuple(b.items()) for b in branches.values()).most_common(1)[0][0]
     extra: dict[str, Any] = {"bridge_peft_version": __version__, **dict(common)}
     dropout = extra.pop("dropout")
+    if extra["rows"] is None:
+        del extra["rows"]
     exceptions = {fqn: b for fqn, b in branches.items() if tuple(b.items()) != common}
     if exceptions:
         extra["exceptions"] = exceptions
@@ -68,6 +75,10 @@ def adapter_of(model: nn.Module) -> AdapterFile:
         extra["parameters"] = _by_module(parameters)
         # PEFT refuses the file with another value, and computes no dropout there
         extra["dropout"], dropout = dropout, 0.0
+    tokens = _token_rows(root)
+    if tokens:
+        indices = {fqn: list(module.rows.tokens) for fqn, module in tokens.items()}
+        fields["trainable_token_indices"] = indices
     config = new_config(
         {fqn: file_rank(layer) for fqn, layer in layers.items()},
         alphas,
@@ -75,7 +86,7 @@ def adapter_of(model: nn.Module) -> AdapterFile:
         lora_dropout=dropout,
         use_rslora=use_rslora,
         use_dora=bool(magnitudes),
-        fan_in_fan_out=bool(linears) and all(layer.transposed for layer in linears.values()),
+        fan_in_fan_out=_fan_in_fan_out(linears),
         base_model_name_or_path=getattr(getattr(root, "config", None), "_name_or_path", None)
         or None,
         task_type=_task_type(root),
@@ -89,6 +100,9 @@ def adapter_of(model: nn.Module) -> AdapterFile:
         extra=extra,
         whole=whole,
         parameters={*parameters},
+        embeddings={f for f, m in layers.items() if isinstance(m, EmbeddingAdapter)},
+        kernels={fqn: k for fqn, m in layers.items() if (k := kernel_of(m)) is not None},
+        tokens={fqn: full_tensor(m.rows.weight) for fqn, m in tokens.items()},
     )
 
 
@@ -128,6 +142,22 @@ def _layers(model: nn.Module) -> dict[str, LoRAMixin]:
     return layers
 
 
+def _token_rows(model: nn.Module) -> dict[str, WithTokenRows]:
+    found = dict(token_rows_of(model))
+    for fqn, module in found.items():
+        if module.rows.weight.is_meta:
+            raise AdapterError(f"{fqn} is on the meta device and has no values to save; load them")
+        if not module.adapter_enabled:
+            raise AdapterError(f"{fqn} is switched off; leave disable_adapters before you save")
+    return found
+
+
+def _fan_in_fan_out(layers: dict[str, LoRAMixin]) -> bool:
+    """Whether PEFT must turn the weights; of an embedding it knows which way round that lies."""
+    turned = [m.transposed for m in layers.values() if not isinstance(m, EmbeddingAdapter)]
+    return bool(turned) and all(turned)
+
+
 def file_rank(layer: LoRAMixin) -> int:
     """The rank of a layer's update in a file, in which a start is subtracted by more of A and B.
 
@@ -156,7 +186,7 @@ def _magnitudes(layers: dict[str, LoRAMixin]) -> dict[str, Tensor]:
 def _warn_of_read(layers: dict[str, LoRAMixin], head: nn.Module | None) -> None:
     """Say which branches other readers of the file leave out: they know no weight that is read."""
     read = [f for f, m in layers.items() if isinstance(m, ReadLinearAdapter) and m is not head]
-    if moved := [fqn for fqn in read if bool(layers[fqn].lora_b.weight.any())]:
+    if moved := [fqn for fqn in read if not layers[fqn].is_zero()]:
         warnings.warn(
             f"{some_names(moved)}: the model reads these weights past their linears, where PEFT's "
             "adapters have no effect; read the file with bridge.peft, or merge it",
@@ -189,6 +219,7 @@ def _branch(layer: LoRAMixin) -> dict[str, Any]:
     return {
         "dropout": layer.dropout.p,
         "dropout_position": layer.dropout_position,
+        "rows": layer.branch_options.rows,
         "lora_A_init_method": layer.branch_options.lora_A_init_method,
         "freeze_a": layer.branch_options.freeze_a,
     }

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from bridge.peft.branch.functions.starts import START_METHODS, is_start
 from bridge.peft.branch.initializers import A_INITIALIZERS
-from bridge.peft.branch.options import DropoutPosition
+from bridge.peft.branch.options import DropoutPosition, are_ranges
 from bridge.peft.errors import AdapterFileError
 from bridge.peft.formats.files.atomic import current_path
 from bridge.peft.formats.files.untrusted import EXTRA_NAME, checked_path, read_json
@@ -27,6 +27,7 @@ DEFAULTS: dict[str, Any] = {
     "dropout_position": "pre",
     "lora_A_init_method": "uniform",
     "freeze_a": False,
+    "rows": None,
 }
 
 
@@ -65,16 +66,18 @@ def check_extra(extra: Mapping[str, Any]) -> None:
 
 
 def branch_settings(extra: Mapping[str, Any], fqn: str, dropout: float) -> dict[str, Any]:
-    """`dropout`, `dropout_position`, `lora_A_init_method` and `freeze_a` of one module.
+    """`dropout`, `dropout_position`, `lora_A_init_method`, `freeze_a` and `rows` of one module.
 
     Args:
         extra: The decoded file, checked.
         fqn: The module's name.
         dropout: The dropout of the PEFT config.
     """
-    settings = DEFAULTS | {"dropout": dropout}
+    settings: dict[str, Any] = DEFAULTS | {"dropout": dropout}
     for source in (extra, extra.get("exceptions", {}).get(fqn, {})):
         settings |= {name: source[name] for name in settings if name in source}
+    if settings["rows"] is not None:
+        settings["rows"] = tuple((start, stop) for start, stop in settings["rows"])
     return settings
 
 
@@ -93,6 +96,8 @@ def _check_branch(branch: Mapping[str, Any], where: str) -> None:
             continue
         if value not in choices:
             raise _wrong(where + name, value, " or ".join(repr(choice) for choice in choices))
+    if (rows := branch.get("rows")) is not None and not are_ranges(rows):
+        raise _wrong(f"{where}rows", rows, "(first, end) of rows of B in ascending order")
     if not is_dropout(p := branch.get("dropout", 0.0)):
         raise _wrong(f"{where}dropout", p, "a number in [0, 1)")
 

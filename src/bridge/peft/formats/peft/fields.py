@@ -17,6 +17,8 @@ MAX_ENTRIES = 20_000
 #: Most of those that each name of a model is compared with, one by one.
 _MAX_PLAIN_NAMES = 1_000
 _MAX_LAYER = 100_000
+#: Most tokens that a vocabulary may have.
+MAX_TOKENS = 10_000_000
 
 #: Fields that change nothing about the function of the adapter.
 _IGNORED = frozenset(
@@ -37,7 +39,6 @@ _REFUSED = {
     "lora_bias": "a bias on B",
     "megatron_config": "Megatron parallel layers",
     "monteclora_config": "Monte Carlo LoRA",
-    "trainable_token_indices": "trained token embeddings",
     "use_bdlora": "block-diagonal LoRA",
     "use_qalora": "QALoRA",
     "velora_config": "VeLoRA",
@@ -74,6 +75,10 @@ def _is_bias(value: Any) -> bool:
 
 def _is_layer(value: Any) -> bool:
     return type(value) is int and 0 <= value < _MAX_LAYER
+
+
+def _is_token(value: Any) -> bool:
+    return type(value) is int and 0 <= value < MAX_TOKENS
 
 
 def _is_name(value: Any) -> bool:
@@ -115,7 +120,8 @@ _LISTS: dict[str, _Check] = {
 #: Each value of an object.
 _PATTERNS: dict[str, _Check] = {"rank_pattern": _RANK, "alpha_pattern": _ALPHA}
 _REGEX_OR_NAMES = ("target_modules", "exclude_modules")
-_HONOURED = frozenset((*_VALUES, *_LISTS, *_PATTERNS))
+_TOKENS = "trainable_token_indices"
+_HONOURED = frozenset((*_VALUES, *_LISTS, *_PATTERNS, _TOKENS))
 
 
 def is_mlx(config: Mapping[str, Any]) -> bool:
@@ -169,6 +175,8 @@ def checked_fields(config: dict[str, Any]) -> dict[str, Any]:
             if len(items) > most or not all(map(is_right, items)):
                 raise wrong(name, value, wanted)
             fields[name] = tuple(items)
+        elif name == _TOKENS:
+            fields[name] = _checked_tokens(value)
         elif name in _PATTERNS:
             if not isinstance(value, dict) or len(value) > MAX_ENTRIES:
                 raise wrong(name, value, f"an object of at most {MAX_ENTRIES} entries")
@@ -193,6 +201,19 @@ def _checked(name: str, value: Any, check: _Check) -> Any:
     if not is_right(value):
         raise wrong(name, value, wanted)
     return value
+
+
+def _checked_tokens(value: Any) -> dict[str, tuple[int, ...]]:
+    """Indices of tokens by the name of an embedding; a mere list is the input embedding's."""
+    by_name = value if isinstance(value, dict) else {"": value}
+    for name, tokens in by_name.items():
+        is_right = isinstance(tokens, list) and len(tokens) <= MAX_TOKENS
+        if not (is_right and (name == "" or _is_name(name)) and all(map(_is_token, tokens))):
+            wanted = f"a list of at most {MAX_TOKENS} indices of tokens, or such lists by name"
+            raise wrong(_TOKENS, value, wanted)
+        if len({*tokens}) < len(tokens):
+            raise wrong(_TOKENS, value, "indices of different tokens")
+    return {name: tuple(tokens) for name, tokens in by_name.items() if tokens}
 
 
 def _refuse_what_cannot_be_honoured(config: dict[str, Any]) -> None:

@@ -19,16 +19,24 @@ from bridge.peft.branch.options import BranchOptions
 from bridge.peft.branch.registry import check_adaptable, features, kind_of, unsupported_reason
 from bridge.peft.branch.untouched import check_untouched
 from bridge.peft.dtypes import sound_dtype
-from bridge.peft.errors import AdapterError, AdapterFileError, AlreadyAdaptedError
+from bridge.peft.errors import (
+    AdapterError,
+    AdapterFileError,
+    AlreadyAdaptedError,
+    TargetError,
+)
 from bridge.peft.formats.peft.adapter_file import AdapterFile
 from bridge.peft.formats.peft.config import PeftConfig, alpha_for
 from bridge.peft.formats.peft.describe import file_rank
 from bridge.peft.formats.peft.extra import branch_settings
+from bridge.peft.formats.peft.kernels import kernel_of
 from bridge.peft.formats.peft.names import common_part, ends_in
 from bridge.peft.formats.peft.saved_whole import check_whole
+from bridge.peft.model.adapt import PlannedTokens
 from bridge.peft.model.trained_parameters import trained_whole
-from bridge.peft.model.walk import adapted_modules, base_modules
-from bridge.peft.targets import output_heads
+from bridge.peft.model.walk import adapted_modules, base_modules, token_rows_of
+from bridge.peft.targets import candidates, output_heads
+from bridge.peft.token_targets import check_rows, tied_to
 
 #: A module to load into, with its name, the options of its branch, and the name of its parameter.
 Planned = tuple[str, nn.Module, BranchOptions, str]
@@ -72,8 +80,73 @@ def plan_load(
         if not present:
             _check_adaptable(fqn, module, parameter)
         _check_fits(fqn, module, parameter, a, b)
+        if not parameter and fqn not in adapter.parameters:
+            _check_kind(fqn, module, adapter)
         planned.append((fqn, module, _options(adapter, fqn, lora_dtype), parameter))
     return planned, bool(present)
+
+
+def plan_tokens(
+    adapter: AdapterFile, model: nn.Module, lora_dtype: torch.dtype | None = None
+) -> list[PlannedTokens]:
+    """Check the token rows of a file against a model; touches nothing.
+
+    Args:
+        adapter: The file, under the model's names (`placed`).
+        model: The model, not wrapped; `plan_load` has passed it.
+        lora_dtype: Dtype of the rows; None is float32, float64 where the file's are.
+
+    Returns:
+        What to give rows to, or whose rows to set where they are there.
+
+    Raises:
+        AdapterFileError: The file does not fit.
+        AlreadyAdaptedError: The model has rows of other tokens.
+    """
+    given = {fqn: module.rows.tokens for fqn, module in token_rows_of(model)}
+    names, everything = base_modules(model), candidates(model)
+    branches = {names[fqn] for fqn in adapter.tensors}
+    planned: list[PlannedTokens] = []
+    for fqn, rows in adapter.tokens.items():
+        order = sorted(range(len(rows)), key=adapter.token_indices(fqn).__getitem__)
+        tokens = tuple(adapter.token_indices(fqn)[i] for i in order)
+        if fqn not in names:
+            raise AdapterFileError(
+                f"the file has token rows for {fqn}, which {type(model).__name__} does not have; "
+                "load it into the model that it was trained on"
+            )
+        module, followers = names[fqn], tied_to(names[fqn], everything)
+        if not given:
+            _check_rows(fqn, module, tokens, rows)
+        if not branches.isdisjoint(followers):
+            raise AdapterFileError(
+                f"the file has token rows for {fqn} and adapts what is tied to it in the model; "
+                "load it into a model where they are not tied"
+            )
+        dtype = lora_dtype or sound_dtype(rows.dtype)
+        planned.append(PlannedTokens(fqn, module, tokens, followers, rows[order], dtype))
+    wanted = {plan.fqn: plan.tokens for plan in planned}
+    if next(adapted_modules(model), None) is not None and given != wanted:
+        raise AlreadyAdaptedError(
+            "the model and the file have trained rows of different tokens; load into the base "
+            "model, or into one adapted alike"
+        )
+    return planned
+
+
+def _check_rows(fqn: str, module: nn.Module, tokens: tuple[int, ...], rows: Tensor) -> None:
+    try:
+        check_rows(fqn, module, tokens)
+    except TargetError as error:
+        raise AdapterFileError(f"the file does not fit the model: {error}") from error
+    weight: Tensor = module.weight  # pyright: ignore[reportAssignmentType]
+    if weight.shape[1] != rows.shape[1]:
+        raise AdapterFileError(
+            f"rows of {fqn} have {weight.shape[1]} values in the model and {rows.shape[1]} in the "
+            "file; load the adapter into the model that it was trained on"
+        )
+    if weight.is_meta:
+        raise AdapterError(f"{fqn} is on the meta device; load the base weights first")
 
 
 def _check_same_adapter(
@@ -196,6 +269,21 @@ def _check_adaptable(fqn: str, module: nn.Module, parameter: str) -> None:
             f"the file adapts {fqn}, a {type(module).__name__} that cannot be adapted: {reason}"
         )
     check_untouched(module) if parameter else check_adaptable(module)
+
+
+def _check_kind(fqn: str, module: nn.Module, adapter: AdapterFile) -> None:
+    """Raise unless a module is of the kind that the file's keys and kernels are of."""
+    is_embedding, kernel = fqn in adapter.embeddings, adapter.kernels.get(fqn)
+    if is_embedding == isinstance(module, nn.Embedding) and kernel == kernel_of(module):
+        return
+    kind = "an embedding" if is_embedding else "a linear"
+    if kernel is not None:
+        kind = f"a convolution of kernel {kernel.size} and {kernel.groups} groups"
+    have = f", {found}" if (found := kernel_of(module)) else ""
+    raise AdapterFileError(
+        f"the file adapts {fqn} as {kind}, and in the model it is a {type(module).__name__}{have}; "
+        "load it into the model that it was trained on"
+    )
 
 
 def _check_fits(fqn: str, module: nn.Module, parameter: str, a: Tensor, b: Tensor) -> None:

@@ -3,6 +3,8 @@
 base_model.model.….q_proj.lora_A.weight   as PEFT saves it
 ….q_proj.lora_A.default.weight            as in a live PEFT model, with the adapter's name
 ….q_proj.lora_a.weight                    ours (`adapter_state_dict`), Automodel's
+….embed_tokens.lora_embedding_A           an embedding's, as PEFT saves it
+….embed_tokens.token_adapter.trainable_tokens_delta   new values of some rows of an embedding
 ….q_proj.lora_magnitude_vector            DoRA's magnitude; ours is ….lora_magnitude.weight
 ….q_proj[.adapter].linear_in.weight       of the layers in version 0.2 of Megatron-Bridge
 
@@ -13,11 +15,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bridge.peft.errors import AdapterFileError
+from bridge.peft.formats.peft.kernels import Kernel, flattened
 from bridge.peft.model.walk import clean_fqn, some_names
 
 KEY_PREFIX = "base_model.model."
@@ -25,10 +29,12 @@ MAX_NAME_LENGTH = 1_000
 #: What stands before the names of all modules, or does not.
 PREFIXES = ("module.", KEY_PREFIX)
 _SPELLINGS = tuple(
-    re.compile(rf"(?P<fqn>.+?){end}\.weight")
+    re.compile(
+        rf"(?P<fqn>.+?){end}" + (r"(?(embedding)|\.weight)" if "embedding" in end else r"\.weight")
+    )
     for end in (
-        r"\.lora_(?P<half>[AB])",
-        r"\.lora_(?P<half>[AB])\.(?P<adapter>[^.]+)",
+        r"\.lora_(?P<embedding>embedding_)?(?P<half>[AB])",
+        r"\.lora_(?P<embedding>embedding_)?(?P<half>[AB])\.(?P<adapter>[^.]+)",
         r"\.lora_(?P<half>[ab])",
         r"(?:\.adapter)?\.linear_(?P<half>in|out)",
     )
@@ -38,13 +44,15 @@ _MAGNITUDE = re.compile(r"(?P<fqn>.+?)\.lora_magnitude(?:_vector(?:\.[^.]+)??)?(
 _LETTERS = {"in": "A", "out": "B"}
 #: In the keys of adapters that compute something else, and what that is.
 _OTHER_KINDS = {
-    ".lora_embedding_": "LoRA on an embedding",
-    ".token_adapter.": "trained token embeddings",
     ".lora_B.bias": "a bias on B",
 }
 #: Modules that may be one and the same matrix, by the last component of their names.
 _HEADS = ("lm_head", "embed_out", "output_layer", "output", "head", "decoder", "proj_out")
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings")
+#: New rows, as PEFT saves them and as they are in a live PEFT model.
+_TOKEN_ROWS = re.compile(r"(?P<fqn>.+?)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?")
+#: Levels of PEFT's wrapper around an embedding with such rows.
+_TOKEN_LEVELS = (".token_adapter.base_layer.", ".token_adapter.", ".original_module.")
 _COPY, _ORIGINAL = ".modules_to_save.", ".original_module."
 
 
@@ -97,17 +105,32 @@ class Halves:
         return {name: (half["A"], half["B"]) for name, half in self._found.items()}
 
 
-def split_keys(
-    tensors: Mapping[str, Tensor],
-) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
+@dataclass(frozen=True)
+class Contents:
+    """The tensors of an adapter file, sorted.
+
+    Attributes:
+        pairs: A and B by module.
+        magnitudes: DoRA's, by module.
+        embeddings: Those of the modules that are embeddings.
+        tokens: New rows of embeddings, by module.
+        kernels: How A and B of convolutions are shaped in the file, by module.
+        rest: The other tensors, by name in the base model.
+    """
+
+    pairs: dict[str, tuple[Tensor, Tensor]]
+    magnitudes: dict[str, Tensor]
+    embeddings: set[str]
+    tokens: dict[str, Tensor]
+    kernels: dict[str, Kernel]
+    rest: dict[str, Tensor]
+
+
+def split_keys(tensors: Mapping[str, Tensor]) -> Contents:
     """Sort the tensors of an adapter file by module.
 
     Args:
         tensors: By key of the file.
-
-    Returns:
-        A and B by module, DoRA's magnitudes by module, and the other tensors by name in the base
-        model.
 
     Raises:
         AdapterFileError: There is no A and B, one of the two is missing, or the keys are those of
@@ -127,14 +150,69 @@ def split_keys(
         raise AdapterFileError(
             f"the file holds the adapters {some_names(sorted(map(str, adapters)))}; save one alone"
         )
-    halves = Halves()
+    halves, kernels = Halves(), {}
     for key, m in found.items():
-        halves.add(m["fqn"], _LETTERS.get(m["half"], m["half"].upper()), tensors[key], key)
-    pairs = halves.pairs()
+        letter = _LETTERS.get(m["half"], m["half"].upper())
+        if tensors[key].dim() > 2:
+            kernels.setdefault(m["fqn"], {})[letter] = tensors[key]
+        else:
+            halves.add(m["fqn"], letter, tensors[key], key)
     rest = {name: tensors[key] for key, name in names.items() if key not in found}
-    magnitudes = {m["fqn"]: name for name in rest if (m := _MAGNITUDE.fullmatch(name))}
-    of_modules = {f: rest.pop(name) for f, name in magnitudes.items() if f in pairs}
-    return pairs, of_modules, _trained_copies(rest, adapters.pop())
+    rest, tokens = _without_tokens(rest)
+    if odd := [fqn for fqn, half in kernels.items() if len(half) == 1]:
+        raise AdapterFileError(
+            f"one of A and B of {odd[0]} is not a matrix, and not both are kernels of a "
+            "convolution; save the adapter again"
+        )
+    pairs, shapes = halves.pairs(), {}
+    for fqn, half in kernels.items():
+        a, b, shapes[fqn] = flattened(fqn, half["A"], half["B"])
+        pairs[fqn] = a, b
+    named = {m["fqn"]: name for name in rest if (m := _MAGNITUDE.fullmatch(name))}
+    return Contents(
+        pairs,
+        {fqn: rest.pop(name) for fqn, name in named.items() if fqn in pairs},
+        {m["fqn"] for m in found.values() if _is_of_embedding(m)},
+        tokens,
+        shapes,
+        _trained_copies(rest, adapters.pop()),
+    )
+
+
+def _without_tokens(rest: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors but the new rows of embeddings, and those by module.
+
+    PEFT may save the embedding beside its rows, under one or two names of its wrapper's.
+    """
+    found = {name: m for name in rest if (m := _TOKEN_ROWS.fullmatch(name))}
+    tokens: dict[str, Tensor] = {}
+    for name, m in found.items():
+        if m["fqn"] in tokens or rest[name].dim() != 2 or not rest[name].numel():
+            raise AdapterFileError(
+                f"{name[:80]!r} is not a matrix of token rows, or there are two; save the adapter "
+                "again"
+            )
+        tokens[m["fqn"]] = rest[name]
+    kept: dict[str, Tensor] = {}
+    for name, tensor in rest.items():
+        if name in found:
+            continue
+        own = name
+        for level in _TOKEN_LEVELS if found else ():
+            own = own.replace(level, ".")
+        if own in kept and not torch.equal(kept[own], tensor):
+            raise AdapterFileError(
+                f"the file holds two values of {own} that differ; save the adapter again"
+            )
+        kept[own] = tensor
+    return kept, tokens
+
+
+def _is_of_embedding(key: re.Match[str]) -> bool:
+    """Whether a key is that of an embedding's A or B; ours do not say it but by the module."""
+    if "embedding" in key.re.groupindex:
+        return key["embedding"] is not None
+    return is_embedding(f"{key['fqn']}.weight")
 
 
 def is_head(name: str) -> bool:

@@ -11,19 +11,20 @@ from torch import Tensor, nn
 
 from bridge.peft.branch.functions.starts import split
 from bridge.peft.branch.mixin import LoRAMixin
+from bridge.peft.branch.token_rows import WithTokenRows
 from bridge.peft.errors import AdapterError, AdapterFileError
 from bridge.peft.formats.peft.adapter_file import AdapterFile, read_adapter, write_adapter
 from bridge.peft.formats.peft.describe import adapter_of
 from bridge.peft.formats.peft.experts import fused, separated
 from bridge.peft.formats.peft.fingerprint import differences
-from bridge.peft.formats.peft.fit import plan_load
+from bridge.peft.formats.peft.fit import plan_load, plan_tokens
 from bridge.peft.formats.peft.parameter_order import in_order
 from bridge.peft.formats.peft.places import placed
 from bridge.peft.formats.peft.saved_whole import parameters_saved_whole, replacements
 from bridge.peft.lora import Model
 from bridge.peft.model.adapt import Planned, adapt_in_place, check_can_be_adapted
 from bridge.peft.model.trained_parameters import check_can_be_replaced, replace_parameters
-from bridge.peft.model.walk import adapted_modules, unwrap
+from bridge.peft.model.walk import adapted_modules, token_rows_of, unwrap
 from bridge.peft.parallel.fsdp import reshard
 from bridge.peft.tensors import is_sharded, sharded_like
 
@@ -59,6 +60,7 @@ def save_adapter(
     if experts == "separate":
         adapter = separated(adapter, unwrap(model))
     whole = [p for _, p in parameters_saved_whole(unwrap(model)).values()]
+    whole += [module.rows.weight for _, module in token_rows_of(model)]
     layers = [m for _, m in adapted_modules(model) if isinstance(m, LoRAMixin)]
     if not any(layer.is_sharded for layer in layers) and not any(map(is_sharded, whole)):
         return write_adapter(adapter, directory)
@@ -107,6 +109,7 @@ def load_adapter(
         check_can_be_adapted(model)
     adapter = in_order(placed(fused(read_adapter(directory), root), root), root)
     planned, present = plan_load(adapter, root, lora_dtype)
+    tokens = plan_tokens(adapter, root, lora_dtype)
     modules = {
         adapter.name_in_file(fqn): _with_weight(module, parameter) if parameter else module
         for fqn, module, _, parameter in planned
@@ -117,8 +120,12 @@ def load_adapter(
     values = {fqn: _values(adapter, fqn) for fqn in adapter.tensors}
     if present:
         _set_values([(module, values[fqn]) for fqn, module, *_ in planned])
+        for plan in tokens:
+            assert isinstance(plan.module, WithTokenRows) and plan.values is not None
+            plan.module.rows.set_to(plan.values)
     else:
-        adapt_in_place(root, [Planned(*item[:3], values[item[0]], item[3]) for item in planned])
+        branches = [Planned(*item[:3], values[item[0]], item[3]) for item in planned]
+        adapt_in_place(root, branches, tokens=tokens)
     replace_parameters(root, whole, adapter.frozen)
     return model
 

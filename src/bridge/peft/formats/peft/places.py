@@ -61,6 +61,7 @@ def placed(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
     if len(set(names.values())) < len(names) or all(old == new for old, new in names.items()):
         return adapter
     new = {fqn: names[adapter.weight_name(fqn)] for fqn in adapter.tensors}
+    new |= {fqn: names[f"{fqn}.weight"] for fqn in adapter.tokens}
     fqns = {
         fqn: name if fqn in adapter.parameters else name.removesuffix(".weight")
         for fqn, name in new.items()
@@ -73,6 +74,9 @@ def placed(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
         magnitudes={fqns[fqn]: tensor for fqn, tensor in adapter.magnitudes.items()},
         whole={names[name]: tensor for name, tensor in adapter.whole.items()},
         names_in_file={n: adapter.name_in_file(old) for old, n in fqns.items()},
+        kernels={fqns[fqn]: kernel for fqn, kernel in adapter.kernels.items()},
+        tokens={fqns[fqn]: rows for fqn, rows in adapter.tokens.items()},
+        embeddings={fqns[fqn] for fqn in adapter.embeddings},
     )
 
 

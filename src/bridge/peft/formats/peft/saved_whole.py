@@ -17,7 +17,7 @@ from bridge.peft.model.trained_parameters import (
     lost_with_the_base,
     trained_whole,
 )
-from bridge.peft.model.walk import adapted_modules, clean_fqn, some_names
+from bridge.peft.model.walk import adapter_parameters, clean_fqn, some_names
 from bridge.peft.tensors import full_tensor
 
 
@@ -31,7 +31,7 @@ def parameters_saved_whole(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Pa
         What is trained or came with an adapter, and what the base's checkpoint cannot give again.
     """
     found = trained_whole(model)
-    own = {id(p) for _, m in adapted_modules(model) for p in m.adapter_parameters().values()}
+    own = {id(parameter) for _, parameter in adapter_parameters(model)}
     for fqn, module in lost_with_the_base(model).items():
         for name, owner in module.named_modules(prefix=fqn):
             for last, parameter in owner._parameters.items():

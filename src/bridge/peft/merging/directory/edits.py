@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
+import torch
 from torch import Tensor
 
 from bridge.peft.errors import AdapterError
 from bridge.peft.formats.files.safetensors_file import FLOATING, Entry
 from bridge.peft.formats.model_directory import Checkpoint
 from bridge.peft.formats.peft import AdapterFile
+from bridge.peft.formats.peft.kernels import Kernel
 from bridge.peft.formats.peft.keys import is_embedding, is_head
 from bridge.peft.formats.peft.places import exchanged
 from bridge.peft.merging.directory.quantised import (
@@ -22,6 +25,7 @@ from bridge.peft.merging.directory.quantised import (
 from bridge.peft.merging.directory.vocabulary import (
     check_ties,
     embedding_of,
+    following_heads,
     heads_alike,
     is_stored,
     new_vocabulary,
@@ -39,9 +43,10 @@ class Edit:
 
     Attributes:
         fqn: The adapted module, or the replaced tensor.
-        terms: A, B and scale of each adapter to add; empty for a replacement.
+        terms: A, B and scale of each adapter to add; empty for a mere replacement.
         transposed: The tensor is stored as (in_features, out_features).
-        replacement: The values that stand in for it.
+        replacement: The values that stand in for it, or that the terms are added to.
+        rows: New values of some rows, and which those are, in ascending order.
         magnitude: What the rows of the sum are rescaled to, by DoRA.
         quantised: How it was quantised when the adapter was trained.
     """
@@ -50,6 +55,7 @@ class Edit:
     terms: tuple[Term, ...] = ()
     transposed: bool = False
     replacement: Tensor | None = None
+    rows: tuple[Tensor, Tensor] | None = None
     magnitude: Tensor | None = None
     quantised: Quantised | None = None
 
@@ -62,6 +68,7 @@ class Edits:
         by_key: The changed tensors.
         untied: New tensors and the tied one that each starts from.
         heads_differ: The merged model's head is not its embedding, so its config must say so.
+        was_tied: Whether they were one in the base.
         vocabulary: The number of tokens before and after, where the adapter brings other ones.
     """
 
@@ -69,6 +76,7 @@ class Edits:
     untied: Mapping[str, str]
     heads_differ: bool
     vocabulary: tuple[int, int] | None = None
+    was_tied: bool = False
 
 
 def plan_edits(
@@ -93,13 +101,16 @@ def plan_edits(
         if not is_stored(name, entries):  # the embedding's new values are the head's
             del whole[name]
     shapes = _shapes(adapters) | {name: tuple(tensor.shape) for name, tensor in whole.items()}
+    embeddings = frozenset(fqn for adapter, _ in adapters for fqn in adapter.embeddings)
     ties = tied_heads(checkpoint, entries, shapes)
+    followers = {} if ties else following_heads(checkpoint, entries, embeddings)
     are_brought = embedding_of(whole) is not None  # both with values of their own
-    refused = [name for name in ties if not (untie or (are_brought and name in whole))]
-    if refused:
+    refused = {k: v for k, v in ties.items() if not (are_brought and k in whole)} | followers
+    if refused and not untie:
+        head, embedding = next(iter(refused.items()))
         raise AdapterError(
-            f"{refused[0]} is tied to {ties[refused[0]]}, which a merge would change too; --untie "
-            "gives it values of its own"
+            f"{head} is tied to {embedding}, which a merge would change too; --untie gives it "
+            "values of its own"
         )
     stored = [name for name in shapes if name not in ties or is_stored(name, entries)]
     keys = _keys(stored, shapes, entries, whole)
@@ -108,29 +119,34 @@ def plan_edits(
     any_turned = any(
         entry.shape == shapes[name][::-1] != shapes[name]
         for name, entry in found.items()
-        if name not in whole
+        if name not in whole and name.removesuffix(".weight") not in embeddings
     )
     edits: dict[str, Edit] = {}
     for name, entry in found.items():
+        fqn, edit = name.removesuffix(".weight"), None
         if name in whole:
             edit = _replacement(name, entry, whole[name])
-        else:
-            edit = _update(name.removesuffix(".weight"), entry, adapters, any_turned=any_turned)
-            if base is not None:
-                how = how_for(base, name.removesuffix(".weight"), entry)
-                edit = replace(edit, quantised=how)
+            entry = replace(entry, shape=tuple(whole[name].shape))
+        if any(fqn in adapter.tensors for adapter, _ in adapters):
+            update = _update(fqn, entry, adapters, any_turned=any_turned)
+            how = None if base is None or edit is not None else how_for(base, fqn, entry)
+            edit = replace(update, replacement=edit and edit.replacement, quantised=how)
+        assert edit is not None
         edits[keys.get(name, name)] = edit
     if base is not None:
-        turned = any(edit.transposed for edit in edits.values())
+        linears = (edit for edit in edits.values() if edit.fqn not in embeddings)
+        turned = any(edit.transposed for edit in linears)
         for key, how in others_to_quantise(base, keys, entries):
             if key not in edits:
                 edits[key] = Edit(key, transposed=turned, quantised=how)
     check_ties(checkpoint, whole, alike)
+    edits |= _token_rows(adapters, entries, edits)
     heads = [name for name in shapes if is_head(name) and name not in alike]
     return Edits(
         edits,
-        untied={name: source for name, source in ties.items() if name not in keys},
-        heads_differ=bool(heads),
+        untied={name: source for name, source in ties.items() if name not in keys} | followers,
+        heads_differ=bool(heads or followers),
+        was_tied=bool(ties or followers),
         vocabulary=new_vocabulary(found, whole, entries, edits),
     )
 
@@ -143,6 +159,32 @@ def _check_no_stacks(adapters: _Adapters) -> None:
                 "model directory may hold apart; load the model and the adapter in Python, and "
                 "merge(model), or save the adapter with save_adapter(…, experts='separate')"
             )
+
+
+def _token_rows(
+    adapters: _Adapters, entries: Mapping[str, Entry], edits: Mapping[str, Edit]
+) -> dict[str, Edit]:
+    """The edits of embeddings of which an adapter brings some rows."""
+    found: dict[str, Edit] = {}
+    for fqn, rows in adapters[0][0].tokens.items():
+        keys = [key for key in entries if _is_end_of(key, f"{fqn}.weight")]
+        if len(keys) != 1:
+            raise _not_found([fqn], 1, entries)
+        edit, tokens = edits.get(keys[0], Edit(fqn)), adapters[0][0].token_indices(fqn)
+        base = entries[keys[0]].shape if edit.replacement is None else edit.replacement.shape
+        if edit.terms or entries[keys[0]].dtype not in FLOATING or max(tokens) >= base[0]:
+            raise AdapterError(
+                f"the adapter brings rows of {fqn} for tokens up to {max(tokens)}, and the "
+                f"checkpoint holds {base[0]} ({entries[keys[0]].dtype}); load the kind of model "
+                "that it was trained on and the adapter in Python, merge(model) and save_pretrained"
+            )
+        order = torch.tensor(tokens).argsort()
+        found[keys[0]] = replace(edit, rows=(rows[order], torch.tensor(tokens)[order]))
+    return found
+
+
+def _is_end_of(key: str, name: str) -> bool:
+    return f".{name}".endswith(f".{key}") or f".{key}".endswith(f".{name}")
 
 
 def _shapes(adapters: _Adapters) -> dict[str, tuple[int, ...]]:
@@ -171,15 +213,11 @@ def _check_can_be_summed(adapters: _Adapters) -> None:
 
 def _whole_tensors(adapters: _Adapters) -> dict[str, Tensor]:
     for adapter, weight in adapters:
-        if adapter.whole and (len(adapters) > 1 or weight != 1):
+        brought = [*adapter.whole, *(f"rows of {fqn}" for fqn in adapter.tokens)]
+        if brought and (len(adapters) > 1 or weight != 1):
             raise AdapterError(
-                f"an adapter brings {next(iter(adapter.whole))} as a whole, which cannot be "
-                "weighted or summed; merge it alone, with weight 1"
-            )
-        if names := sorted(adapter.base_weights):
-            raise AdapterError(
-                f"an adapter brings {names[0]} as a whole and an update of it; load the model and "
-                "the adapter in Python, merge(model) and save_pretrained"
+                f"an adapter brings {brought[0]} as a whole, which cannot be weighted or summed; "
+                "merge it alone, with weight 1"
             )
     return dict(adapters[0][0].whole)
 
@@ -190,14 +228,18 @@ def _update(fqn: str, entry: Entry, adapters: _Adapters, *, any_turned: bool) ->
     holders = [(adapter, weight) for adapter, weight in adapters if fqn in adapter.tensors]
     terms = tuple((*adapter.tensors[fqn], adapter.scale(fqn) * w) for adapter, w in holders)
     shape = terms[0][1].shape[0], terms[0][0].shape[1]
+    for adapter, _ in holders:
+        if fqn in adapter.kernels:
+            entry = _flat(fqn, entry, adapter.kernels[fqn])
     if entry.shape not in (shape, shape[::-1]):
         got = "×".join(str(n) for n in entry.shape)
         raise AdapterError(
             f"{fqn} is {shape[0]}×{shape[1]} (out×in) in the adapter and {got} in the checkpoint; "
             "merge the adapter into the model that it was trained on"
         )
-    transposed = entry.shape != shape
-    if shape[0] == shape[1]:
+    is_embedding = fqn in holders[0][0].embeddings
+    transposed = is_embedding or entry.shape != shape
+    if shape[0] == shape[1] and not is_embedding:
         transposed = any(adapter.parsed.fan_in_fan_out for adapter, _ in holders)
         if any_turned and not transposed:
             raise AdapterError(
@@ -206,6 +248,18 @@ def _update(fqn: str, entry: Entry, adapters: _Adapters, *, any_turned: bool) ->
                 "merge(model)"
             )
     return Edit(fqn, terms, transposed, magnitude=holders[0][0].magnitudes.get(fqn))
+
+
+def _flat(fqn: str, entry: Entry, kernel: Kernel) -> Entry:
+    """A convolution's weight as the matrix that B A is an update of."""
+    if kernel.groups > 1:
+        raise AdapterError(
+            f"{fqn} is a convolution of {kernel.groups} groups, and the update mixes them; keep "
+            "the adapter unmerged, or leave it out"
+        )
+    if entry.shape[1:] != kernel.size:
+        return entry  # which then does not fit
+    return replace(entry, shape=(*entry.shape[:1], prod(kernel.size)))
 
 
 def _replacement(name: str, entry: Entry, tensor: Tensor) -> Edit:

@@ -32,6 +32,7 @@ from bridge.peft.formats.model_directory import (
 )
 from bridge.peft.formats.peft import AdapterFile, read_adapter
 from bridge.peft.formats.peft.fingerprint import differences
+from bridge.peft.merging.directory.base_copies import without_base_copies
 from bridge.peft.merging.directory.edits import Edits, plan_edits
 from bridge.peft.merging.directory.quantised import trained_on
 from bridge.peft.merging.directory.stream import Target, write_shard
@@ -99,12 +100,14 @@ def merge_directory(
         raise AdapterError(f"{output} exists; pass a directory that does not")
     paths = [(Path(path), weight) for path, weight in adapters]
     loaded = [(read_adapter(path), weight) for path, weight in paths]
+    with reading(model):
+        loaded = [(without_base_copies(checkpoint, a), weight) for a, weight in loaded]
     base = trained_on([adapter for adapter, _ in loaded], quantize)
     edits = plan_edits(checkpoint, loaded, base, untie=untie)
     with reading(model):
         tokenizer, notes = brought_tokenizer(model, [path for path, _ in paths])
     notes += [*base.notes, *_other_bases(checkpoint, edits, loaded), *_whole(edits)]
-    notes += _dequantised(edits)
+    notes += [*_untied(edits), *_dequantised(edits)]
     shards = {name: _lay_out(checkpoint, name, edits, dtype) for name in checkpoint.shards}
     part = output.with_name(output.name + _PART_SUFFIX)
     job = _identify(checkpoint, paths, (dtype, compute_dtype, untie, quantize))
@@ -164,9 +167,20 @@ def _other_bases(
 def _whole(edits: Edits) -> Iterator[str]:
     """Say which tensors the adapter replaces, with their shapes."""
     replaced = {e.fqn: e.replacement for e in edits.by_key.values() if e.replacement is not None}
+    for edit in edits.by_key.values():
+        if edit.rows is not None:
+            yield f"{len(edit.rows[0])} rows of {edit.fqn} are the adapter's"
     if replaced:
         shown = [f"{fqn} ({'×'.join(map(str, t.shape))})" for fqn, t in sorted(replaced.items())]
         yield f"taken in full from the adapter: {some_names(shown)}"
+
+
+def _untied(edits: Edits) -> Iterator[str]:
+    """Say which tied tensors have values of their own now."""
+    if edits.was_tied and edits.heads_differ:
+        names = [f"{key} (was {source})" for key, source in edits.untied.items()]
+        what = some_names(names) if names else "the output head"
+        yield f"{what} is no longer tied; config.json says so too (tie_word_embeddings: false)"
 
 
 def _dequantised(edits: Edits) -> Iterator[str]:

@@ -6,7 +6,7 @@ import mmap
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, prod
 from pathlib import Path
 
 import torch
@@ -105,7 +105,7 @@ def _row(target: Target, entry: Entry) -> tuple[torch.dtype, int, int]:
     """Dtype, columns and bytes of a row in one of the files; a copy's rows are its bytes."""
     if _is_copy(target):
         return torch.uint8, 1, 1
-    dtype, columns = FLOATING[entry.dtype], entry.shape[1] if len(entry.shape) == 2 else 1
+    dtype, columns = FLOATING[entry.dtype], prod(entry.shape[1:])
     return dtype, columns, max(1, columns) * dtype.itemsize
 
 
@@ -165,6 +165,17 @@ class _Files:
         return update.rescaled(target.edit.magnitude, blocks)
 
     def _read(self, target: Target, piece: slice) -> Tensor:
+        """These rows of the base, or of what replaces it, with the new ones among them."""
+        values = self._stored(target, piece)
+        if target.edit is None or target.edit.rows is None:
+            return values
+        rows, tokens = target.edit.rows
+        here = (tokens >= piece.start) & (tokens < piece.stop)
+        # no row is rounded to less than what is written
+        values = values.to(torch.promote_types(values.dtype, FLOATING[target.entry.dtype]))
+        return values.index_copy(0, tokens[here] - piece.start, rows[here].to(values.dtype))
+
+    def _stored(self, target: Target, piece: slice) -> Tensor:
         """These rows of the base, where the system has them in memory, or of what replaces it."""
         dtype, columns, size = _row(target, target.source)
         if target.edit is not None and target.edit.replacement is not None:

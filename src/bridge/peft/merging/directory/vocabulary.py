@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -70,6 +71,56 @@ def tied_heads(
             if same := [entry.name for entry in embeddings if entry.shape[1:] == shape[1:]]:
                 found[name] = same[0]
     return found
+
+
+def following_heads(
+    checkpoint: Checkpoint, entries: Mapping[str, Entry], embeddings: Collection[str]
+) -> dict[str, str]:
+    """The output heads that are an adapted embedding too and not adapted, with its key.
+
+    Args:
+        checkpoint: The base model.
+        entries: Its tensors.
+        embeddings: The adapted embeddings.
+
+    Raises:
+        AdapterError: There may be one, and its name is not known.
+    """
+    flag = _tie_flag(checkpoint.config)
+    keys = [
+        key
+        for key in entries
+        for fqn in embeddings
+        if is_embedding(key) and f".{fqn}.weight".endswith(f".{key}")
+    ]
+    if flag is False or not keys or any(is_head(key) for key in entries):
+        return {}
+    tied = _tied_keys(checkpoint.config)
+    if tied is None:
+        raise AdapterError(
+            f"{keys[0]} is adapted and may be tied to the output head, whose name is not known "
+            "without transformers; load the model and the adapter in Python, merge(model) and "
+            "save_pretrained"
+        )
+    sources = {head: key for head, source in tied.items() for key in keys if _ends(source, key)}
+    return {head: key for head, key in sources.items() if head not in entries}
+
+
+def _ends(name: str, key: str) -> bool:
+    return f".{name}".endswith(f".{key}") or f".{key}".endswith(f".{name}")
+
+
+def _tied_keys(config: Mapping[str, Any]) -> Mapping[str, str] | None:
+    """The tensors of a class of transformers that are another, with that one; None if unknown."""
+    names = config.get("architectures")
+    try:
+        transformers = importlib.import_module("transformers")
+        found = getattr(transformers, names[0])._tied_weights_keys  # pyright: ignore
+    except (ImportError, AttributeError, TypeError, IndexError):
+        return None
+    if found is None:
+        return {}
+    return found if isinstance(found, dict) else None  # a list of names, before version 5
 
 
 def check_ties(checkpoint: Checkpoint, whole: Mapping[str, Tensor], alike: set[str]) -> None:

@@ -7,14 +7,15 @@ import torch
 import torch.distributed as dist
 
 from bridge.peft import LoRA, disable_adapters, load_adapter, merge, save_adapter, unmerge
-from bridge.peft.tensors import full_tensor
+from bridge.peft.tensors import full_tensor, is_plain
 from tests.helpers.kinds import KINDS, by_peft, moved
 from tests.helpers.ranks import on_ranks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*KernelPreference"),
     pytest.mark.filterwarnings("ignore:.*ScaleCalculationMode"),
-    pytest.mark.filterwarnings("ignore:.*torch.distributed:UserWarning"),
+    # bitsandbytes' own, when the compiler meets it
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]
 
 
@@ -23,6 +24,11 @@ def tried_under(column):
     return pytest.mark.parametrize(
         "name", [name for name, kind in KINDS.items() if column not in kind.not_under]
     )
+
+
+def dense(tensor):
+    """Its values; torchao's tensors cannot be compared as they are."""
+    return tensor if is_plain(tensor) else tensor.dequantize()
 
 
 def adapted(kind):
@@ -83,7 +89,7 @@ def test_merged_it_computes_the_same_and_unmerged_the_same_bits(name):
     unmerge(model)
     assert torch.equal(output(kind, model), before)
     for key, value in model.state_dict().items():
-        assert torch.equal(value, state[key]), key
+        assert torch.equal(dense(value), dense(state[key])), key
 
 
 @tried_under("disable")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bridge.peft.branch.matrix import LoRAMatrix
 from tests.helpers.moe_architectures import mixture
 from tests.helpers.quantised import KINDS as QUANTISED
 
@@ -60,6 +61,36 @@ class Body(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(rows, 128) -> (rows, 128)."""
         return self.second(torch.tanh(self.first(x)))
+
+
+class Lookup(nn.Module):
+    """An embedding and a linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Embedding(32, 128), nn.Linear(128, 128)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(rows, tokens) -> (rows, tokens, 128)."""
+        return self.second(torch.tanh(self.first(ids)))
+
+
+class Images(nn.Module):
+    """Two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(2, 8, 3, padding=1), nn.Conv2d(8, 4, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, 128) -> (rows, 4, 3, 3)."""
+        return self.second(torch.tanh(self.first(x.view(-1, 2, 8, 8))))
+
+
+def _looked_up(model: nn.Module) -> Tensor:
+    return model(IDS)
 
 
 def _nf4() -> nn.Module:
@@ -113,6 +144,22 @@ KINDS: dict[str, Kind] = {
         run=_logits,
         not_under={"compile": "transformers' loop over the experts breaks the graph"},
     ),
+    "embedding": Kind(base=Lookup, ours=_LINEAR, theirs=_FILE, run=_looked_up),
+    "token rows": Kind(
+        base=Lookup,
+        ours={**_LINEAR, "target_modules": ["second"], "trainable_tokens": {"first": [5, 9, 11]}},
+        theirs={
+            **_FILE,
+            "target_modules": ["second"],
+            "trainable_token_indices": {"first": [5, 9, 11]},
+        },
+        run=_looked_up,
+    ),
+    "Conv2d": Kind(base=Images, ours=_LINEAR, theirs=_FILE),
+    "part of a projection": Kind(
+        base=lambda: Body(lambda: nn.Linear(128, 128)),
+        ours={**_LINEAR, "parts": {"first": [(0, 32), (64, 96)]}},
+    ),
     "bitsandbytes nf4": Kind(
         base=lambda: Body(_nf4),
         ours=_LINEAR,
@@ -163,4 +210,10 @@ def moved(model: nn.Module, scale: float = 0.05) -> nn.Module:
             if parameter.requires_grad:
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.add_(scale * noise.to(parameter.dtype))
+        for matrix in (m for m in model.modules() if isinstance(m, LoRAMatrix)):
+            kept = torch.zeros_like(matrix.weight)
+            for top, bottom, left, right in matrix.blocks or ():
+                kept[top:bottom, left:right] = 1
+            if matrix.blocks is not None:
+                matrix.weight.mul_(kept)
     return model

@@ -188,7 +188,8 @@ def _is_router(module: nn.Module) -> bool:
     """Whether a module is no linear and multiplies with a weight of its own."""
     is_linear = kind_of(type(module)) is not None or isinstance(module, LoRAMixin)
     weight = module._parameters.get("weight")
-    return not is_linear and weight is not None and parameter_refusal(module, "weight") is None
+    is_matrix = weight is not None and weight.dim() == 2
+    return is_matrix and not is_linear and parameter_refusal(module, "weight") is None
 
 
 def _stack(

@@ -105,7 +105,7 @@ def plan_tokens(
     """
     given = {fqn: module.rows.tokens for fqn, module in token_rows_of(model)}
     names, everything = base_modules(model), candidates(model)
-    branches = {names[fqn] for fqn in adapter.tensors}
+    branches = {names[fqn] for fqn in adapter.tensors if fqn in names}  # else of a parameter
     planned: list[PlannedTokens] = []
     for fqn, rows in adapter.tokens.items():
         order = sorted(range(len(rows)), key=adapter.token_indices(fqn).__getitem__)

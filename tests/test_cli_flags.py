@@ -18,6 +18,7 @@ from bridge.peft.finetune.options import TrainingOptions
 
 LORA_FLAGS = [
     "--target-modules",
+    "--target-parameters",
     "--exclude-modules",
     "--dim",
     "--alpha",
@@ -31,6 +32,8 @@ LORA_FLAGS = [
     "--use-dora",
     "--freeze-a",
     "--modules-to-train",
+    "--trainable-tokens",
+    "--parts",
 ]
 LAYOUT_FLAGS = [
     "--world",
@@ -188,3 +191,25 @@ def test_a_field_of_unknown_type_is_our_mistake():
 
     with pytest.raises(TypeError, match="no flag for field field"):
         helps_of(Odd)
+
+
+def recipe_with(**words):
+    @takes_fields_of(group=LoRA)
+    def command(*, group: dict) -> dict:
+        return group
+
+    given = dict.fromkeys(inspect.signature(command).parameters)
+    return command(**{**given, **words})
+
+
+def test_lists_for_modules_are_read_from_words():
+    assert recipe_with(trainable_tokens=["5,6"]) == {"trainable_tokens": [5, 6]}
+    named = recipe_with(trainable_tokens=["wte=5", "wpe=1,2"], parts=["c_attn=q,v"])
+    assert named["trainable_tokens"] == {"wte": [5], "wpe": [1, 2]}
+    assert named["parts"] == {"c_attn": ["q", "v"]}
+    assert recipe_with(parts=["qkv=0:8,16:24"]) == {"parts": {"qkv": [(0, 8), (16, 24)]}}
+
+
+def test_a_list_of_which_a_part_is_named_is_refused():
+    with pytest.raises(AdapterError, match="for some items only"):
+        recipe_with(trainable_tokens=["wte=5", "6"])

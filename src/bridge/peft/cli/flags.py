@@ -92,7 +92,10 @@ def _reading(name: str, hint: Any) -> tuple[Any, Callable[[Any], Any], str | Non
     if torch.dtype in classes:
         return str | None, parse_dtype, "DTYPE"
     if Mapping in classes:
-        return list[str] | None, _parse_numbers, "PATTERN=NUMBER"
+        maps = next(option for option in options if typing.get_origin(option) is Mapping)
+        if typing.get_args(maps)[1] in (int, float):
+            return list[str] | None, _parse_numbers, "PATTERN=NUMBER"
+        return list[str] | None, _parse_lists, "NAME=ITEM,..."
     if Sequence in classes:
         return list[str] | None, _parse_names, "NAME,..."
     for scalar in (bool, float, int, str):
@@ -118,6 +121,29 @@ def _parse_names(words: Sequence[str]) -> list[str] | str:
         names += [word] if word.startswith("re:") else [n.strip() for n in word.split(",")]
     names = [name for name in names if name]
     return names[0] if names == ["all-linear"] else names
+
+
+def _parse_lists(words: Sequence[str]) -> dict[str, list[Any]] | list[Any]:
+    """Turn `NAME=ITEM,ITEM` words into a dict of lists, `ITEM,ITEM` alone into a list.
+
+    An item of digits is a number, `first:end` a pair of numbers, anything else a name.
+    """
+    lists: dict[str, list[Any]] = {}
+    for word in words:
+        name, _, items = word.rpartition("=")
+        lists.setdefault(name, []).extend(_item(i.strip()) for i in items.split(",") if i.strip())
+    if "" in lists and len(lists) > 1:
+        raise AdapterError(
+            f"{' '.join(words)!r} names a module for some items only; write NAME=ITEM,... for all"
+        )
+    return lists[""] if "" in lists else lists
+
+
+def _item(word: str) -> int | str | tuple[int, ...]:
+    numbers = word.split(":")
+    if not all(n.isdecimal() for n in numbers) or len(numbers) > 2:
+        return word
+    return int(word) if len(numbers) == 1 else tuple(map(int, numbers))
 
 
 def _parse_numbers(words: Sequence[str]) -> dict[str, int | float]:

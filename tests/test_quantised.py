@@ -262,3 +262,19 @@ def test_what_is_not_quantised_has_no_format():
     assert format_of(dense_linear()) is None and weight_bytes(dense_linear()) is None
     linear = dense_linear()
     assert torch.equal(dense_weight(linear), linear.weight)
+
+
+@pytest.mark.parametrize("kind", ["nf4 double", "int8", "torchao int8 float32"])
+@pytest.mark.parametrize("recipe", [{"use_dora": True}, {"lora_A_init_method": "pissa"}])
+def test_the_other_functions_of_a_branch_merge_on_a_quantised_base(kind, recipe):
+    model, x, tolerance = adapted(kind, **recipe)
+    model.eval()
+    before = model(x)
+    report = merge(model, dense_dtype=torch.float32)
+    assert report.rows[0].max_error < 1e-6
+    assert_near(model(x), before, 4 * tolerance + 1e-5)
+    unmerge(model)
+    assert torch.equal(model(x), before)
+    assert 0 < merge(model, requantize=True).rows[0].max_error
+    unmerge(model)
+    assert torch.equal(model(x), before)

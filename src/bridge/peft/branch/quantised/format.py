@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -12,6 +11,9 @@ from torch import Tensor, nn
 
 from bridge.peft.dtypes import TRAINABLE_DTYPES
 from bridge.peft.errors import AdapterError
+
+#: The names of classes that were asked for; the compiler looks through a dict, not a cache.
+_NAMES: dict[type, frozenset[str]] = {}
 
 
 class Format(ABC):
@@ -91,12 +93,10 @@ def class_names(module: nn.Module | Tensor) -> frozenset[str]:
 
     By these a library's classes are known without importing it.
     """
-    return _names_of(type(module))
-
-
-@functools.cache
-def _names_of(cls: type) -> frozenset[str]:
-    return frozenset(f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)
+    cls = type(module)
+    if cls not in _NAMES:
+        _NAMES[cls] = frozenset(f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)
+    return _NAMES[cls]
 
 
 def of_library(thing: object) -> str:

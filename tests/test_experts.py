@@ -151,6 +151,24 @@ def test_a_routers_matrix_can_carry_a_branch():
     torch.testing.assert_close(logits(model), after)
 
 
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_A_init_method": "pissa"}])
+def test_functions_that_are_for_linears_are_refused_before_anything_is_touched(options):
+    with pytest.raises(AdapterError, match="is for linears, and target_parameters names other"):
+        recipe(**options)
+
+
+@pytest.mark.parametrize("how", IMPLEMENTATIONS)
+def test_a_frozen_a_gets_no_gradient_and_b_the_same_as_beside_a_trained_one(how):
+    gradients = []
+    for freeze_a in (False, True):
+        model = adapted(how, freeze_a=freeze_a)
+        logits(model).square().sum().backward()
+        branch = experts(model).gate_up_proj_lora
+        assert (branch.lora_a.weight.grad is None) == freeze_a
+        gradients.append(branch.lora_b.weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
 # -- compute
 
 

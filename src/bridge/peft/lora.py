@@ -150,6 +150,12 @@ class LoRA:
         for name in ("use_rslora", "use_dora", "freeze_a"):
             if not isinstance(flag := getattr(self, name), bool):
                 raise AdapterError(f"{name} must be True or False, got {flag!r}")
+        if self.target_parameters and (self.use_dora or is_start(self.lora_A_init_method)):
+            asked = "use_dora" if self.use_dora else f"{self.lora_A_init_method!r}"
+            raise AdapterError(
+                f"{asked} is for linears, and target_parameters names other parameters; leave one "
+                "of the two out"
+            )
         self._options(self.dim, self.alpha, self.lora_dtype)
 
     def options_for(self, candidate: Candidate) -> BranchOptions:
@@ -461,6 +467,7 @@ def _parameter_row(candidate: Candidate, options: BranchOptions) -> PlanRow:
         alpha=options.alpha,
         scale=options.scale,
         dtype=options.resolve_dtype(weight.dtype),
+        trains_a=not options.freeze_a,
         path=PARAMETER_PATH.name,
         reason=PARAMETER_PATH.reason,
         trained_rows=n_out,

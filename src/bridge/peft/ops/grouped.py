@@ -55,7 +55,7 @@ def lora_grouped(
         (tokens, out_features), in the dtype of the base's product.
     """
     left, right = for_products(x, left, right)
-    path = choose_path(x, weight, left, right, trains_b=trains(left) and trains(right))
+    path = choose_path(x, weight, left, right, trains_b=trains(right))
     if path.name == "reference" or weight.requires_grad:
         factors = (left, right, scale, dropout, dropout_position)
         return lora_grouped_reference(product, x, weight, ends, *factors)
@@ -131,8 +131,9 @@ class LoRAGroupedFunction(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         """Return y; the inputs are those of `grouped_forward`."""
         y, h = grouped_forward(*inputs)
-        *tensors, ctx.branch, ctx.product = inputs
-        ctx.save_for_backward(*tensors, h)
+        x, *tensors, ctx.branch, ctx.product = inputs
+        # x is for the gradient of `left`
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, *tensors, h)
         return y
 
     @staticmethod
@@ -143,15 +144,21 @@ class LoRAGroupedFunction(torch.autograd.Function):
         dy = dy.contiguous()
         dx = ctx.product(dy, weight.mT, offs=ends) if ctx.needs_input_grad[0] else None
         # the transpose of `left` has the layout of A
-        d_left, d_right = torch.zeros_like(left.mT), torch.zeros_like(right)
+        d_left = None if x is None else torch.zeros_like(left.mT)
+        d_right = torch.zeros_like(right)
         for e, rows, branch in _groups(ends, ctx.branch):
-            x_, a = x[rows], left[e].t()
-            pre, post, s = branch.masks(x_, right[e].t())
+            a, d_rows = left[e].t(), None if dx is None else dx[rows]
+            pre, post, s = branch.masks(_rows_like(dy[rows], a), right[e].t())
             dh, d_right[e] = expand_backward(dy[rows], h[rows], right[e], s, post)
-            da = contract_backward(x_, dh, a, s, pre, None if dx is None else dx[rows])
-            assert da is not None  # x is there
-            d_left[e] = da
-        return dx, None, d_left.mT, d_right, None, None, None
+            d_a = contract_backward(None if x is None else x[rows], dh, a, s, pre, d_rows)
+            if d_left is not None and d_a is not None:
+                d_left[e] = d_a
+        return dx, None, None if d_left is None else d_left.mT, d_right, None, None, None
+
+
+def _rows_like(dy: Tensor, a: Tensor) -> Tensor:
+    """A tensor of the shape of a group's x, (tokens, in_features), that takes no memory."""
+    return a.new_empty(()).expand(dy.shape[0], a.shape[1])
 
 
 def grouped_forward(

@@ -140,6 +140,7 @@ class ParameterBranch(LoRAMixin):
         self.dropout = nn.Dropout(options.dropout)
         self.lora_a = LoRAMatrix(n_in, options.dim, method, seed=seed, values=a, **placed)
         self.lora_b = LoRAMatrix(options.dim, n_out, "zeros", values=b, **placed)
+        self.lora_a.requires_grad_(not options.freeze_a)
 
     @classmethod
     def takes(cls, base_type: type[nn.Module]) -> bool:

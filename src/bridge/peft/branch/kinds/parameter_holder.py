@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from bridge.peft.branch.functions.starts import is_start
 from bridge.peft.branch.kinds.experts import SUFFIX, ParameterBranch, parameter_refusal
 from bridge.peft.branch.mixin import Start
 from bridge.peft.branch.options import BranchOptions
@@ -32,11 +33,16 @@ def patch_parameter(
         start: A seed for A, the values of A and B, or None for torch's default CPU generator.
 
     Raises:
-        UnsupportedLinearError: The parameter cannot carry one.
+        UnsupportedLinearError: The parameter cannot carry one, or not of this function.
         AlreadyAdaptedError: The module is patched already.
     """
     if not isinstance(module, ParameterHolder):
         check_untouched(module)
+    if options.use_dora or is_start(options.lora_A_init_method):
+        raise UnsupportedLinearError(
+            f"cannot adapt {type(module).__name__}.{name}: DoRA and starts out of the weight are "
+            "for linears"
+        )
     if reason := parameter_refusal(module, name):
         raise UnsupportedLinearError(f"cannot adapt {type(module).__name__}.{name}: {reason}")
     branch = ParameterBranch(module, name, options, start)

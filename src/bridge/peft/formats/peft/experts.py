@@ -252,6 +252,8 @@ def separated(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
     Raises:
         AdapterError: The model's checkpoint does not hold a parameter's experts apart.
     """
+    if not adapter.parameters:
+        return adapter
     parts = parts_of(model)
     places: dict[str, list[str]] = {}
     for name, part in parts.items():

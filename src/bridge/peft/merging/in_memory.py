@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bridge.peft.branch.dense import SetAside, put_base
 from bridge.peft.branch.mixin import LoRAMixin
@@ -184,7 +184,7 @@ def _merge_layer(
     weight = layer.base_weight
     merged, row = merge_weight(
         layer.oriented(full_tensor(weight)),
-        *layer.whole_factors(),
+        *_factors(layer),
         layer.scale,
         magnitude=layer.whole_magnitude(),
         compute_dtype=compute_dtype,
@@ -196,6 +196,14 @@ def _merge_layer(
     layer.merged = True
     layer.weight_was_written()
     return row
+
+
+def _factors(layer: LoRAMixin) -> tuple[Tensor, Tensor]:
+    """A and B that go with `full_tensor` of the weight: Megatron's is this rank's part alone."""
+    if is_sharded(layer.base_weight):
+        return layer.whole_factors()
+    a, b = layer.factors()
+    return full_tensor(a), full_tensor(b)
 
 
 def _restore(layer: LoRAMixin) -> None:
@@ -296,7 +304,7 @@ def _check_finite(
         weight = full_tensor(layer.dense_weight())
     except AdapterError as error:
         raise AdapterError(f"{fqn}: {error}") from error
-    (a, b), m = layer.whole_factors(), layer.whole_magnitude()
+    (a, b), m = _factors(layer), layer.whole_magnitude()
     for name, tensor in (("base weight", weight), ("A", a), ("B", b), ("the magnitude", m)):
         if tensor is not None and not all_finite(tensor):
             raise AdapterError(f"{fqn}: {name} holds NaN or inf; nothing was merged")

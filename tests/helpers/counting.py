@@ -14,6 +14,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bridge.peft.branch.functions.dora import LoRAMagnitude
 from bridge.peft.branch.matrix import LoRAMatrix
 
 #: The collectives by the names of torch's operators.
@@ -120,7 +121,7 @@ def saved_in(model: nn.Module, inside: str) -> Iterator[dict[str, int]]:
 
     handles = []
     for name, module in model.named_modules():
-        if name.startswith(inside) and not isinstance(module, LoRAMatrix):
+        if name.startswith(inside) and not isinstance(module, LoRAMatrix | LoRAMagnitude):
             handles += [
                 module.register_forward_pre_hook(lambda m, _: stack.append(m)),
                 module.register_forward_hook(lambda *_: stack.pop() and None),

@@ -129,7 +129,9 @@ def tied_modules(model: nn.Module) -> dict[nn.Module, list[str]]:
     holders: dict[int, dict[nn.Module, str]] = {}
     for candidate in candidates(model):
         if isinstance(candidate.module, nn.Linear | nn.Embedding):
-            key = id(candidate.module.weight)
+            if (weight := getattr(candidate.module, "weight", None)) is None:
+                continue  # packed under other names
+            key = id(weight)
             holders.setdefault(key, {})[candidate.module] = candidate.fqn
     return {
         module: [fqn for other, fqn in named.items() if other is not module]

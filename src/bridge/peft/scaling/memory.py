@@ -76,7 +76,7 @@ def branch_activations(shapes: Shapes, layout: Layout, block: str) -> int:
                               none where A is frozen
         h   N · r · b_h       for each branch; every rank of a tensor parallel group has all of it
         A, B in bfloat16      where float32 ones are multiplied with bfloat16 activations
-        v   N · out · b       of DoRA: the output before it is rescaled
+        v   N · out · b       of DoRA: the output before it is rescaled, and the norms of out rows
         start                 h once more, and A and B beside it in one tensor each
 
     Linears read the same x if they have the same parent, width and style of splitting. What the
@@ -94,7 +94,7 @@ def branch_activations(shapes: Shapes, layout: Layout, block: str) -> int:
     with_start = {t.module for t in branches if t.fqn.endswith("lora_start.a")}
     for tensor in branches:
         if len(tensor.shape) == 1:
-            total += layout.tokens * tensor.shape[0] * shapes.itemsize
+            total += layout.tokens * tensor.shape[0] * shapes.itemsize + tensor.bytes(layout.tp)
             continue
         if shapes.half and tensor.itemsize > _HALF:
             total += tensor.bytes(layout.tp) * _HALF // tensor.itemsize

@@ -15,8 +15,9 @@ help: ## list the targets
 demo: $(VENV)/.run ## fine-tune the embedded model on the embedded task (under a minute)
 	$(BIN)/bridge-peft finetune
 
-test: $(VENV)/.dev ## the test suite with coverage
-	$(BIN)/python -m pytest -m "not gpu" --cov --cov-report=term
+test: $(VENV)/.dev ## the test suite with coverage, on all cores
+	$(BIN)/python -m pytest -m "not gpu" -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
+		--cov --cov-report=term
 
 check: $(VENV)/.dev ## formatting, lint, types, import floors
 	$(BIN)/ruff format --check .

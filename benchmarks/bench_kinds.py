@@ -4,7 +4,7 @@ Each case is a function that gives steps by name, `frozen` among them; `@case` p
 table. Every step is timed once a round in random order, in one process; a figure is the median over
 rounds of a step's time over the frozen one's of the same round.
 
-    python benchmarks/bench_kinds.py [--quick] [--only dora|quantised|experts]
+    python benchmarks/bench_kinds.py [--quick] [--only dora|quantised|experts|embedding|…]
 
 writes kinds.csv and kinds.md to benchmarks/results (kinds_quick.* with --quick).
 """
@@ -222,6 +222,81 @@ def _experts_step(model: nn.Module, x: torch.Tensor, arguments: tuple[Any, ...])
     x.grad = None
     model.zero_grad(set_to_none=True)
     model(*arguments).backward(torch.ones_like(x))
+
+
+class _Lookup(nn.Module):
+    """An embedding of 32,000 × 1024 before a linear of 1024², through which backward goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.linear = nn.Embedding(32_000, 1024), nn.Linear(1024, 1024)
+        self.requires_grad_(False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        found = self.embedding(ids)
+        # in a model the frozen base has a backward there too, of the branches below
+        return self.linear(found if found.requires_grad else found.requires_grad_())
+
+
+class _Attention(nn.Module):
+    """Torch's attention of 1024 in 16 heads, over itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = nn.MultiheadAttention(1024, 16, batch_first=True).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def part_steps(
+    base: Callable[[], nn.Module], x: torch.Tensor, ours: dict[str, Any], theirs: dict[str, Any]
+) -> Steps:
+    """A module frozen, with our branch and with PEFT's."""
+    import peft
+
+    config = peft.LoraConfig(r=16, **theirs)
+    models = {
+        "frozen": base(),
+        "ours": _with_b(LoRA(dim=16, **ours)(base()), "lora_b"),
+        "peft": _with_b(peft.get_peft_model(base(), config), "lora_B"),  # pyright: ignore
+    }
+    dy = torch.ones_like(models["frozen"](x))
+    return {name: lambda m=m: step(m, x, dy) for name, m in models.items()}
+
+
+def _tokens(quick: bool) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(32_000, (4, 128 if quick else 512), generator=generator)
+
+
+@case("embedding, 32,000 × 1024 before 1024²")
+def embedding_steps(quick: bool) -> Steps:
+    """A branch on an embedding, 2048 tokens, rank 16, float32."""
+    targets = {"target_modules": ["embedding"]}
+    return part_steps(_Lookup, _tokens(quick), targets, targets)
+
+
+@case("tokens, 100 rows of 32,000 × 1024 before 1024²")
+def tokens_steps(quick: bool) -> Steps:
+    """A hundred token rows beside a branch on the linear, 2048 tokens, rank 16, float32."""
+    targets, rows = {"target_modules": ["linear"]}, {"embedding": list(range(100))}
+    return part_steps(
+        _Lookup,
+        _tokens(quick),
+        {**targets, "trainable_tokens": rows},
+        {**targets, "trainable_token_indices": rows},
+    )
+
+
+@case("attention, nn.MultiheadAttention of 1024")
+def attention_steps(quick: bool) -> Steps:
+    """Both projections of torch's attention, 4 × 512 tokens, rank 16, float32."""
+    x = torch.randn(4, 128 if quick else 512, 1024, requires_grad=True)
+    targets = {"target_modules": ["attention"]}
+    return part_steps(_Attention, x, targets, targets)
 
 
 def measure(kind: Kind, *, quick: bool, budget: float) -> list[dict[str, Any]]:

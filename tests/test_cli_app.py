@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -16,6 +15,7 @@ import torch
 from bridge.peft import __version__, cli
 from bridge.peft.cli import app, main, processes
 from bridge.peft.demo.tasks import base_model_dir
+from tests.helpers.timing import quickest
 
 
 def test_root_help_takes_less_than_a_second_and_imports_no_torch():
@@ -23,16 +23,21 @@ def test_root_help_takes_less_than_a_second_and_imports_no_torch():
         "import sys, bridge.peft.cli as c; code = c.main(['--help']); "
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules; sys.exit(code)"
     )
-    started = time.perf_counter()
-    result = subprocess.run(
-        [sys.executable, "-c", probe],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "200"},
-    )
-    seconds = time.perf_counter() - started
+    results = []
+
+    def ask():
+        results.append(
+            subprocess.run(
+                [sys.executable, "-c", probe],
+                capture_output=True,
+                text=True,
+                env={**os.environ, "COLUMNS": "200"},
+            )
+        )
+
+    assert quickest(ask, 1) < 1
+    result = results[-1]
     assert result.returncode == 0, result.stderr
-    assert seconds < 1
     for name, summary in app.COMMANDS.items():
         assert name in result.stdout and summary in result.stdout
 
@@ -137,6 +142,7 @@ FINETUNE_PACKAGES = ["transformers", "trl", "datasets", "accelerate", "matplotli
 def test_commands_on_files_need_no_training_packages(tmp_path):
     code = f"""
 from bridge.peft.cli import main
+from tests.helpers.timing import quickest
 assert [main([name, "--help"]) for name in {list(app.COMMANDS)}] == [0] * {len(app.COMMANDS)}
 assert main(["inspect", {str(tmp_path / "absent")!r}]) == 2
 assert main(["doctor", "--adapter", {str(tmp_path / "absent")!r}]) == 2

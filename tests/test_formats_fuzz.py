@@ -25,7 +25,7 @@ from tests.helpers.formats_llama import LAYOUT, adapted
 from tests.helpers.formats_mutations import mutate
 
 CASES = int(os.environ.get("BRIDGE_PEFT_FUZZ_CASES", "2000"))
-MAX_SECONDS = 2.0
+MAX_SECONDS = 5.0
 
 
 def tiny_model():

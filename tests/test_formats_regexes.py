@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import gc
 import re
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +13,7 @@ from bridge.peft.errors import AdapterFileError
 from bridge.peft.formats.peft.config import parse_config
 from bridge.peft.formats.peft.names import NameMatcher, Pattern
 from bridge.peft.formats.peft.regexes import BoundedRegex, Budget
+from tests.helpers.timing import quickest
 
 #: Braces, sets and escapes that the `regex` package would read otherwise are among them.
 _atoms = st.sampled_from(
@@ -126,26 +127,45 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("source", HOSTILE, ids=lambda source: source[:30])
-def test_no_regex_takes_longer_than_a_second(source):
-    start = time.process_time()
+def test_no_regex_takes_longer_than_two_seconds(source):
+    def match():
+        try:
+            ours = BoundedRegex(source, "field", Budget())
+            for name in NAMES:
+                ours.fullmatch(name)
+        except AdapterFileError:
+            pass
+
+    # compiling cannot be stopped, and takes as long as the machine takes for 20,000 characters
+    assert quickest(match, 1) < 2
+
+
+def test_a_large_heap_is_not_counted_as_a_regex_s_time():
+    thresholds = gc.get_threshold()
+    gc.disable()
+    heap = [[i] for i in range(3_000_000)]  # which a collection walks through, for half a second
+    gc.set_threshold(1, 1, 1)
+    gc.enable()
     try:
-        ours = BoundedRegex(source, "field", Budget())
-        for name in NAMES:
-            ours.fullmatch(name)
-    except AdapterFileError:
-        pass
-    assert time.process_time() - start < 1
+        budget = Budget()
+        BoundedRegex(r"(.*\.)?(.*\.gate_up_proj)$", "field", budget)
+        assert gc.isenabled()
+    finally:
+        gc.set_threshold(*thresholds)
+    assert budget.left > 0.5 and heap
 
 
 def test_all_regexes_of_a_file_share_a_second():
     slow = {f"(?:(?:.|..)+)+[!?]{{0,{i}}}[!?]": i for i in range(1, 50)}
     config = {"peft_type": "LORA", "target_modules": ["norm"]}
-    start = time.process_time()
-    parsed = parse_config(config | {"rank_pattern": slow, "alpha_pattern": slow})
-    for pattern in (parsed.rank_pattern, parsed.alpha_pattern):
-        with pytest.raises(AdapterFileError, match="takes too long.*write the names"):
-            pattern.value(NAMES[1], 8)
-    assert time.process_time() - start < 1
+
+    def match():
+        parsed = parse_config(config | {"rank_pattern": slow, "alpha_pattern": slow})
+        for pattern in (parsed.rank_pattern, parsed.alpha_pattern):
+            with pytest.raises(AdapterFileError, match="takes too long.*write the names"):
+                pattern.value(NAMES[1], 8)
+
+    assert quickest(match, 1) < 1
 
 
 @pytest.mark.parametrize(
@@ -210,8 +230,10 @@ def test_patterns_are_looked_up_as_peft_does(pattern):
 def test_a_pattern_of_many_names_is_quick():
     names = [f"model.layers.{i}.self_attn.{part}_proj" for i in range(250) for part in "qkvo"]
     values = {re.escape(f"model.layers.{i}.mlp.up_proj"): i + 1 for i in range(19_000)}
-    start = time.process_time()
-    pattern = Pattern(values | {re.escape(name): 7 for name in names}, "rank_pattern", Budget())
-    assert all(pattern.value(name, 0) == 7 for name in names)
-    assert pattern.value("model.layers.9.mlp.up_proj", 0) == 10
-    assert time.process_time() - start < 1
+
+    def look_up():
+        pattern = Pattern(values | {re.escape(name): 7 for name in names}, "rank_pattern", Budget())
+        assert all(pattern.value(name, 0) == 7 for name in names)
+        assert pattern.value("model.layers.9.mlp.up_proj", 0) == 10
+
+    assert quickest(look_up, 1) < 1

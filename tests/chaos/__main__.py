@@ -95,7 +95,7 @@ class Chaos:
         if layout not in self.references:
             output = self.directory / f"reference-{layout}"
             job = Job(self._arguments(output, layout), self.directory, ranks=self.ranks)
-            seconds = job.wait(300)
+            seconds = job.wait(120)
             if seconds is None or any(job.codes):
                 sys.exit(f"the run that nobody kills failed: {job.codes}\n{job.said()}")
             self.references[layout] = (*_result(output), seconds)
@@ -112,7 +112,7 @@ class Chaos:
         ranks = 1 if number % 4 == 0 else self.ranks
         if not (output / METRICS).exists():
             job = Job(self._arguments(output, layout), self.directory, ranks=ranks)
-            job.wait(300)
+            job.wait(120)
             if any(job.codes):
                 self.problems.append(f"run {number} cannot go on: {job.codes}\n{job.said()}")
                 return

@@ -89,6 +89,19 @@ class Images(nn.Module):
         return self.second(torch.tanh(self.first(x.view(-1, 2, 8, 8))))
 
 
+class Attention(nn.Module):
+    """An attention of torch and a linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.MultiheadAttention(128, 4), nn.Linear(128, 128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(tokens, 128) -> (tokens, 128)."""
+        return self.second(torch.tanh(self.first(x, x, x)[0]))
+
+
 def _looked_up(model: nn.Module) -> Tensor:
     return model(IDS)
 
@@ -156,6 +169,7 @@ KINDS: dict[str, Kind] = {
         run=_looked_up,
     ),
     "Conv2d": Kind(base=Images, ours=_LINEAR, theirs=_FILE),
+    "MultiheadAttention": Kind(base=Attention, ours=_LINEAR, theirs=_FILE),
     "part of a projection": Kind(
         base=lambda: Body(lambda: nn.Linear(128, 128)),
         ours={**_LINEAR, "parts": {"first": [(0, 32), (64, 96)]}},

@@ -17,6 +17,7 @@ from bridge.peft.branch.initializers import derive_seed
 from bridge.peft.branch.kinds.experts import (
     PARAMETER_PATH,
     experts_per_token,
+    is_attention,
     parameter_features,
 )
 from bridge.peft.branch.kinds.read_linear import READ
@@ -173,8 +174,8 @@ class LoRA:
         options, parts = self.options_for(candidate), _first_match(self.parts, candidate, ())
         if not parts:
             return options
-        kind = adapted_class(type(candidate.module))
-        if kind.wraps or not kind.in_all_linear:
+        kind = None if candidate.parameter else adapted_class(type(candidate.module))
+        if kind is None or kind.wraps or not kind.in_all_linear:
             raise TargetError(
                 f"parts: {candidate.fqn} is a {type(candidate.module).__name__}, of which parts "
                 "cannot be adapted alone"
@@ -348,7 +349,7 @@ class LoRA:
         read = read_weights(model)
         embeddings = {c.fqn: c.module for c in chosen if isinstance(c.module, nn.Embedding)}
         passed = [c.fqn for c in chosen if c.module in read and not isinstance(c.module, nn.Linear)]
-        undropped = [c.fqn for c in chosen if c.module in read and c.fqn not in passed]
+        undropped = [c.fqn for c in chosen if _is_read(c, read) and c.fqn not in passed]
         if self.dropout and undropped:
             yield f"{some_names(undropped)}: read by the model's own code, where dropout cannot act"
         if self.dropout and self.dropout_position == "pre" and embeddings:
@@ -458,6 +459,9 @@ def _parameter_row(candidate: Candidate, options: BranchOptions) -> PlanRow:
     module, weight = candidate.module, _weight(candidate)
     n_in, n_out = parameter_features(module, candidate.parameter)
     stack = weight.shape[0] if weight.dim() == 3 else 1
+    path = PARAMETER_PATH
+    if is_attention(module):
+        path = ComputePath("read", READ.replace("other code", type(module).__name__))
     return PlanRow(
         fqn=candidate.fqn,
         base_type=type(module).__name__,
@@ -468,8 +472,8 @@ def _parameter_row(candidate: Candidate, options: BranchOptions) -> PlanRow:
         scale=options.scale,
         dtype=options.resolve_dtype(weight.dtype),
         trains_a=not options.freeze_a,
-        path=PARAMETER_PATH.name,
-        reason=PARAMETER_PATH.reason,
+        path=path.name,
+        reason=path.reason,
         trained_rows=n_out,
         stack=stack,
         used=min(stack, experts_per_token(module)) if stack > 1 else 1,
@@ -498,6 +502,13 @@ def _checked_parts(parts: Any) -> dict[str, tuple[str | Sequence[int], ...]]:
                 f"{parts!r:.80}"
             )
     return {entry: tuple(value) for entry, value in parts.items()}
+
+
+def _is_read(candidate: Candidate, read: Mapping[nn.Module, Sequence[nn.Module]]) -> bool:
+    """Whether the branch takes part where other code reads the weight, as the dense sum."""
+    return candidate.module in read or (
+        bool(candidate.parameter) and is_attention(candidate.module)
+    )
 
 
 def _first_match(pattern: Mapping[str, Any], candidate: Candidate, default: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import fnmatch
 import re
@@ -12,6 +13,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from bridge.peft._optional import TELinear
+from bridge.peft.branch.kinds.attention import OUT_PROJECTION, attention_refusal
+from bridge.peft.branch.kinds.experts import IN_PROJECTION
 from bridge.peft.branch.kinds.packed import PackedLinearAdapter
 from bridge.peft.branch.quantised.table import format_of
 from bridge.peft.branch.registry import kind_of, unsupported_reason
@@ -200,9 +203,7 @@ def match_targets(
     """
     everything = candidates(model)
     alone = left_alone or {}
-    reasons = {
-        id(c.module): alone.get(c.module) or unsupported_reason(c.module) for c in everything
-    }
+    reasons = {id(c.module): alone.get(c.module) or _unsupported(c) for c in everything}
     adaptable = [c for c in everything if reasons[id(c.module)] is None]
     linears = [c for c in adaptable if is_linear(c.module)]
     if not (linears if targets == ALL_LINEAR else adaptable):
@@ -219,24 +220,57 @@ def match_targets(
         wanted = set()
         for entry in [targets] if isinstance(targets, str) else targets:
             wanted |= _targets_of(entry, everything, adaptable, reasons)
-    chosen = [c for c in adaptable if id(c.module) in wanted - excluded]
+    chosen = [p for c in adaptable if id(c.module) in wanted - excluded for p in _parts_of(c)]
     if not chosen:
         raise TargetError(
             f"all {len(linears)} linears are excluded or output heads; name the ones to adapt in "
             "target_modules"
         )
     skipped = []
+    adapted = {id(c.module) for c in chosen}
     for candidate in everything:
         key = id(candidate.module)
-        if key in wanted - excluded:
+        if key in adapted:
             continue
         if reasons[key] is None:
             reason = "output head" if key in heads else "excluded" if key in excluded else None
+            if reason is None and isinstance(candidate.module, nn.MultiheadAttention):
+                name = candidate.fqn.rpartition(".")[2]
+                reason = f"torch's attention; target_modules={[name]!r} adapts its projections"
         else:
             reason = _why_not(candidate.module, reasons[key])
         if reason:
             skipped.append(Skipped(candidate.fqn, type(candidate.module).__name__, reason))
     return chosen, skipped
+
+
+def _unsupported(candidate: Candidate) -> str | None:
+    """Why a module cannot be adapted, or what is in it; None if it can."""
+    module = candidate.module
+    if isinstance(module, nn.MultiheadAttention):
+        return attention_refusal(module)
+    return unsupported_reason(module)
+
+
+def _parts_of(candidate: Candidate) -> list[Candidate]:
+    """What is adapted where a module is meant: of torch's attention both projections.
+
+    Patterns mean both by the attention's name too.
+    """
+    attention = candidate.module
+    if not isinstance(attention, nn.MultiheadAttention):
+        return [candidate]
+    modules = {IN_PROJECTION: attention, OUT_PROJECTION: attention.out_proj}
+    return [
+        dataclasses.replace(
+            candidate,
+            fqn=f"{candidate.fqn}.{part}".lstrip("."),
+            module=module,
+            names=(*(f"{name}.{part}".lstrip(".") for name in candidate.names), *candidate.names),
+            parameter=part if module is attention else "",
+        )
+        for part, module in modules.items()
+    ]
 
 
 def _first_reason(everything: list[Candidate], reasons: dict[int, str | None]) -> str:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bridge.peft.branch.kinds import READ_KINDS
 from bridge.peft.branch.kinds.linear import LinearAdapter
-from bridge.peft.branch.kinds.read_linear import ReadLinearAdapter
 from bridge.peft.branch.mixin import BRANCH_ATTRIBUTES, LoRAMixin
 from bridge.peft.branch.patch import adapted_class, show_forward
 from bridge.peft.branch.quantised.format import Format
@@ -57,7 +57,7 @@ class DenseLinearAdapter(LinearAdapter):
 
 
 #: The classes of adapted modules that can be pickled by name; others are made anew from the base's.
-_NAMED: tuple[type[nn.Module], ...] = (LinearAdapter, ReadLinearAdapter, DenseLinearAdapter)
+_NAMED: tuple[type[nn.Module], ...] = (LinearAdapter, *READ_KINDS.values(), DenseLinearAdapter)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from bridge.peft.branch.functions.starts import check_has_values, is_start
+from bridge.peft.branch.kinds import READ_KINDS
 from bridge.peft.branch.kinds.experts import ParameterBranch
 from bridge.peft.branch.kinds.parameter_holder import take_parameter_branch_off
-from bridge.peft.branch.kinds.read_linear import ReadLinearAdapter
 from bridge.peft.branch.mixin import BRANCH_ATTRIBUTES, LoRAMixin, Start
 from bridge.peft.branch.options import BranchOptions
 from bridge.peft.branch.registry import check_adaptable, kind_of
@@ -60,14 +60,15 @@ def patch_in_place(
         UnsupportedLinearError: It cannot be adapted.
         AlreadyAdaptedError: It is adapted or patched already; it is left as it was.
     """
-    check_adaptable(module)
+    check_adaptable(module, is_read=is_read)
     if adapted_class(type(module)).wraps:
         raise UnsupportedLinearError(
             f"a {type(module).__name__} is wrapped, not patched in place; adapt the model around "
             "it: LoRA(...)(model)"
         )
-    plainly_read = is_read and type(module) is nn.Linear
-    adapted = ReadLinearAdapter if plainly_read else adapted_class(type(module))
+    adapted = adapted_class(type(module))
+    if is_read:
+        adapted = READ_KINDS.get(type(module), adapted)
     wanted_grad = [p for p in module._parameters.values() if p is not None and p.requires_grad]
     _check_takes(adapted, module, options)
     if options.use_dora and is_sharded(adapted.weight_of(module)) and not is_data_parallel(module):

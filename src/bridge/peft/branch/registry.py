@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from bridge.peft.branch.kinds import KINDS
+from bridge.peft.branch.kinds import KINDS, READ_KINDS
 from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.branch.untouched import NOT_A_LINEAR, check_untouched
 from bridge.peft.errors import UnsupportedLinearError
@@ -22,16 +22,23 @@ def features(module: nn.Module) -> tuple[int, int]:
     return kind.features(module)
 
 
-def check_adaptable(module: nn.Module) -> None:
+def check_adaptable(module: nn.Module, *, is_read: bool = False) -> None:
     """Raise unless `module` can be adapted as it is; touches nothing."""
     check_untouched(module)
-    if reason := unsupported_reason(module):
+    if reason := unsupported_reason(module, is_read=is_read):
         raise UnsupportedLinearError(f"cannot adapt {type(module).__name__}: {reason}")
 
 
-def unsupported_reason(module: nn.Module) -> str | None:
-    """Say why a module that is not adapted yet cannot be, or None if it can."""
+def unsupported_reason(module: nn.Module, *, is_read: bool = False) -> str | None:
+    """Say why a module that is not adapted yet cannot be, or None if it can.
+
+    Args:
+        module: Any module.
+        is_read: Other code of its model reads the weight past the forward.
+    """
     kind = kind_of(type(module))
+    if is_read:
+        kind = READ_KINDS.get(type(module), kind)
     if kind is None:
         return NOT_A_LINEAR
     return kind.refusal(module)

@@ -26,6 +26,10 @@ with quiet_imports():
 
 # what gloo says of a process that has gone or does not answer; NCCL's errors are a type
 _LOST_WORDS = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
+#: Groups of runs that have ended, kept until the process leaves. A model in DistributedDataParallel
+#: outlives its group, and would be the last to let go of it, holding Python's lock: gloo's thread
+#: may wait for that lock while the group's end waits for gloo's thread.
+_ended: list[Any] = []
 _TOLD = (AdapterError, UnsupportedLinearError, MissingExtraError)
 
 
@@ -51,6 +55,7 @@ def joined(timeout: int, output: Path) -> Iterator[None]:
         raise
     finally:
         if is_ours and dist.is_initialized():
+            _ended.append(dist.group.WORLD)
             dist.destroy_process_group()
 
 

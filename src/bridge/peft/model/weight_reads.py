@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
+from bridge.peft.branch.kinds.attention import OUT_PROJECTION
+from bridge.peft.branch.kinds.experts import is_attention
 from bridge.peft.branch.registry import kind_of
 
 #: What is asked of a weight without computing with it; `data` is what is written through.
@@ -43,6 +45,8 @@ def read_weights(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
     """
     found: dict[nn.Module, list[nn.Module]] = {}
     for module in model.modules():
+        if is_attention(module):  # torch's own, in whose source nothing is looked for
+            found.setdefault(getattr(module, OUT_PROJECTION), []).append(module)
         for path in _paths_read_by(type(module)):
             for target in _reached(module, path):
                 kind = kind_of(type(target))

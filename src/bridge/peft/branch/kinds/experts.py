@@ -32,6 +32,8 @@ from bridge.peft.tensors import is_plain, is_sharded
 
 #: Behind a parameter's name, the name of its branch.
 SUFFIX = "_lora"
+#: The matrix of q, k and v in torch's attention.
+IN_PROJECTION = "in_proj_weight"
 #: How such a parameter is computed.
 PARAMETER_PATH = ComputePath(
     "experts", "its module's own products, with the branch's thin ones beside them"
@@ -73,6 +75,18 @@ def experts_per_token(module: nn.Module) -> int:
     return next((count for count in counts if isinstance(count, int)), 1)
 
 
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module is torch's `nn.MultiheadAttention`, with the forward that torch gave it.
+
+    Args:
+        module: Any module, adapted or not.
+    """
+    cls = getattr(module, "base_type", type(module))
+    return isinstance(module, nn.MultiheadAttention) and (
+        cls.forward is nn.MultiheadAttention.forward
+    )
+
+
 def parameter_refusal(module: nn.Module, name: str) -> str | None:
     """Why a parameter cannot carry a branch; None if it can.
 
@@ -87,7 +101,9 @@ def parameter_refusal(module: nn.Module, name: str) -> str | None:
         return "it is neither a matrix nor a stack of matrices"
     if isinstance(module, nn.Linear | nn.Embedding | nn.EmbeddingBag | _ConvNd):
         return f"it belongs to a {type(module).__name__}, which target_modules names"
-    if isinstance(module, nn.MultiheadAttention | nn.RNNBase | torch.jit.ScriptModule):
+    reads = name == IN_PROJECTION and is_attention(module)
+    opaque = isinstance(module, nn.MultiheadAttention | nn.RNNBase | torch.jit.ScriptModule)
+    if opaque and not reads:
         return f"a {type(module).__name__} computes with it past its name"
     if is_sharded(parameter) and not is_data_parallel(module, name):
         return "it is sharded by more than FSDP2 (DTensor); adapt the model before sharding it"
@@ -184,16 +200,20 @@ class ParameterBranch(LoRAMixin):
             AdapterError: A and B are offloaded, so there are no values to compute with.
         """
         self.note_call()
+        self.check_not_offloaded()
         base, a, b = self.base_weight, self.lora_a.weight, self.lora_b.weight
         name = f"{type(self.base).__name__}.{self.weight_name}"
-        if a.is_meta and not base.is_meta:
-            raise AdapterError(
-                f"A of {name} is offloaded; keep the adapter on the device (dispatch the model "
-                "before adapting it)"
-            )
         left, right = (a.mT, b.mT) if self.transposed else (b, a)
         how = How(name, self.scale, self.dropout_now(), self.dropout_position)
         return LowRankWeight(base, left, right, how)
+
+    def check_not_offloaded(self) -> None:
+        """Raise `AdapterError` if the base is there and A and B are not."""
+        if self.lora_a.weight.is_meta and not self.base_weight.is_meta:
+            raise AdapterError(
+                f"A of {type(self.base).__name__}.{self.weight_name} is offloaded; keep the "
+                "adapter on the device (dispatch the model before adapting it)"
+            )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """`x Wᵀ + s · x Aᵀ Bᵀ`, matrix by matrix: for checks, since the module never calls it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,12 +48,17 @@ class LinearAdapter(LoRAMixin, FollowsSharding, nn.Linear):
     copies = "a plain nn.Linear"
     plain_forward = True
     takes_functions = True
+    #: Whether the branch takes part where other code reads the weight and never calls the layer.
+    when_read: ClassVar[bool] = False
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
         """As the mixin's; and the one linear of torch that is never called."""
-        if type(module) is NonDynamicallyQuantizableLinear:
-            return "nn.MultiheadAttention reads its weight and never calls its forward"
+        if type(module) is NonDynamicallyQuantizableLinear and not cls.when_read:
+            return (
+                "nn.MultiheadAttention reads its weight and never calls its forward; name the "
+                "attention itself, which adapts both its projections"
+            )
         if not hasattr(module, "weight"):
             held = ", ".join(module._parameters) or "nothing"
             return f"it has no weight, but {held}; load the model with its weights decompressed"

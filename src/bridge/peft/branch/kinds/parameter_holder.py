@@ -7,10 +7,16 @@ import threading
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bridge.peft.branch.functions.starts import is_start
-from bridge.peft.branch.kinds.experts import SUFFIX, ParameterBranch, parameter_refusal
+from bridge.peft.branch.kinds.attention import AttentionInputBranch
+from bridge.peft.branch.kinds.experts import (
+    SUFFIX,
+    ParameterBranch,
+    is_attention,
+    parameter_refusal,
+)
 from bridge.peft.branch.mixin import Start
 from bridge.peft.branch.options import BranchOptions
 from bridge.peft.branch.untouched import check_untouched
@@ -45,7 +51,8 @@ def patch_parameter(
         )
     if reason := parameter_refusal(module, name):
         raise UnsupportedLinearError(f"cannot adapt {type(module).__name__}.{name}: {reason}")
-    branch = ParameterBranch(module, name, options, start)
+    kind = AttentionInputBranch if is_attention(module) else ParameterBranch
+    branch = kind(module, name, options, start)
     if not isinstance(module, ParameterHolder):
         matrices = (n for n, p in module._parameters.items() if p is not None and p.dim() in (2, 3))
         _set_class(module, _holder_class(type(module), tuple(matrices)))
@@ -98,7 +105,7 @@ class ParameterHolder(nn.Module):
             stack.pop()
 
 
-def _stack() -> list[tuple[nn.Module, dict[str, LowRankWeight]]]:
+def _stack() -> list[tuple[nn.Module, dict[str, LowRankWeight | Tensor]]]:
     if not hasattr(_running, "modules"):
         _running.modules = []
     return _running.modules

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bridge.peft.branch.kinds.linear import LinearAdapter
+from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.ops.dispatch import ComputePath
 
 #: Why a layer is of this kind.
@@ -46,6 +47,24 @@ def is_being_read() -> bool:
     return getattr(_running, "depth", 0) > 0
 
 
+def read_in_full(layer: LoRAMixin, base: Tensor) -> Tensor:
+    """`W + s · B A`, (out_features, in_features), in the dtype of W; its rows rescaled with DoRA.
+
+    Args:
+        layer: The branch, which is active.
+        base: W.
+    """
+    if layer.has_hooks_on_a_or_b():  # which bring the weights of A and B when they are called
+        a, b = layer.called_a_and_b()
+    else:
+        a, b = layer.factors()
+    total = base + layer.scale * (b @ a)
+    if layer.magnitude is not None:
+        norm = layer.magnitude.norm(layer, a, b, layer.scale)
+        total = layer.magnitude(total.t(), norm, None).t()
+    return total.to(base.dtype)
+
+
 class ReadLinearAdapter(LinearAdapter):
     """`LinearAdapter` for code that takes `layer.weight` into a product of its own.
 
@@ -55,6 +74,8 @@ class ReadLinearAdapter(LinearAdapter):
     To everybody else (sharding, quantising, offloading, whoever writes it) it is W, the parameter.
     The checkpoint's names stay.
     """
+
+    when_read = True
 
     @classmethod
     def takes(cls, base_type: type[nn.Module]) -> bool:
@@ -80,15 +101,7 @@ class ReadLinearAdapter(LinearAdapter):
             return base
         if base.is_meta:  # offloaded, or not loaded yet
             return base
-        if self.has_hooks_on_a_or_b():  # which bring the weights of A and B when they are called
-            a, b = self.called_a_and_b()
-        else:
-            a, b = self.factors()
-        total = base + self.scale * (b @ a)
-        if self.magnitude is not None:
-            norm = self.magnitude.norm(self, a, b, self.scale)
-            total = self.magnitude(total.t(), norm, None).t()
-        return total.to(base.dtype)
+        return read_in_full(self, base)
 
     def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # not `super()`'s, which would read the weight with the branch in it

@@ -32,7 +32,7 @@ from bridge.peft.formats.peft.config import PeftConfig, parse_config, scale_of
 from bridge.peft.formats.peft.extra import branch_settings, check_extra, read_extra
 from bridge.peft.formats.peft.fields import check_method
 from bridge.peft.formats.peft.kernels import Kernel, unflattened
-from bridge.peft.formats.peft.keys import KEY_PREFIX, MAX_NAME_LENGTH, split_keys
+from bridge.peft.formats.peft.keys import KEY_PREFIX, MAX_NAME_LENGTH, config_name, split_keys
 from bridge.peft.formats.peft.target_parameters import flattened, unwrapped, wrapped
 
 #: The ends of the keys of A and B: of an embedding, and of everything else.
@@ -89,7 +89,8 @@ class AdapterFile:
     @cached_property
     def _alphas(self) -> dict[str, float]:
         pattern, default = self.parsed.alpha_pattern, self.parsed.lora_alpha
-        found = {fqn: pattern.value(self.name_in_file(fqn), default) for fqn in self.tensors}
+        names = {fqn: config_name(self.name_in_file(fqn)) for fqn in self.tensors}
+        found = {fqn: pattern.value(name, default) for fqn, name in names.items()}
         return found | self.alphas
 
     @property
@@ -102,7 +103,7 @@ class AdapterFile:
         return fqn if fqn in self.parameters else f"{fqn}.weight"
 
     def name_in_file(self, fqn: str) -> str:
-        """The name that the config means a module by."""
+        """The name that the file has for a module."""
         return self.names_in_file.get(fqn, fqn)
 
     def shapes(self) -> dict[str, tuple[int, ...] | None]:
@@ -224,7 +225,7 @@ def check_adapter(adapter: AdapterFile) -> None:
         _check_shapes(parsed, fqn, a, b)
         _check_rows(adapter, fqn, b)
         _check_magnitude(parsed, fqn, adapter.magnitudes.get(fqn), b)
-        if parsed.target_modules is not None and not parsed.is_target(fqn):
+        if parsed.target_modules is not None and not parsed.is_target(config_name(fqn)):
             raise AdapterFileError(
                 f"the file has tensors for {fqn}, which target_modules does not match; save the "
                 "adapter again"
@@ -340,7 +341,7 @@ def _check_rows(adapter: AdapterFile, fqn: str, b: Tensor) -> None:
 
 
 def _check_shapes(config: PeftConfig, fqn: str, a: Tensor, b: Tensor) -> None:
-    rank = config.rank_pattern.value(fqn, config.r)
+    rank = config.rank_pattern.value(config_name(fqn), config.r)
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != rank or b.shape[1] != rank:
         raise AdapterFileError(
             f"{fqn}: the config gives it rank {rank}, the file A {tuple(a.shape)} and B "

@@ -16,10 +16,12 @@ from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.branch.token_rows import WithTokenRows
 from bridge.peft.errors import AdapterError
 from bridge.peft.formats.peft.adapter_file import AdapterFile
+from bridge.peft.formats.peft.attention import attentions, in_file, names_in_file
 from bridge.peft.formats.peft.config import alpha_for, new_config, scale_of
 from bridge.peft.formats.peft.experts import misread_by_peft
 from bridge.peft.formats.peft.fingerprint import fingerprint
 from bridge.peft.formats.peft.kernels import kernel_of
+from bridge.peft.formats.peft.keys import config_name
 from bridge.peft.formats.peft.names import choose_targets
 from bridge.peft.formats.peft.quantised_base import FIELD, quantised_groups
 from bridge.peft.formats.peft.saved_whole import whole_of
@@ -50,10 +52,14 @@ def adapter_of(model: nn.Module) -> AdapterFile:
     root = unwrap(model)
     check_still_adapted(root)
     layers = _layers(root)
-    parameters = [fqn for fqn, layer in layers.items() if isinstance(layer, ParameterBranch)]
-    linears = {fqn: layer for fqn, layer in layers.items() if fqn not in parameters}
-    others = [fqn for fqn in base_modules(root) if fqn and fqn not in layers]
-    _warn_of_read(layers, output_head(root))
+    whole_attentions = attentions(layers)
+    in_attentions = names_in_file(whole_attentions)
+    alone = {fqn: layer for fqn, layer in layers.items() if fqn not in in_attentions}
+    parameters = [fqn for fqn, layer in alone.items() if isinstance(layer, ParameterBranch)]
+    linears = {fqn: layer for fqn, layer in alone.items() if fqn not in parameters}
+    modules = [*linears, *whole_attentions]
+    others = [fqn for fqn in base_modules(root) if fqn and fqn not in {*layers, *modules}]
+    _warn_of_read(alone, output_head(root))
     _warn_of_misread(misread_by_peft(root, linears))
     use_rslora, alphas = _scaling(layers)
     branches = {fqn: _branch(layer) for fqn, layer in layers.items()}
@@ -80,9 +86,9 @@ def adapter_of(model: nn.Module) -> AdapterFile:
         indices = {fqn: list(module.rows.tokens) for fqn, module in tokens.items()}
         fields["trainable_token_indices"] = indices
     config = new_config(
-        {fqn: file_rank(layer) for fqn, layer in layers.items()},
-        alphas,
-        choose_targets(linears, others) if linears else [],
+        {config_name(in_attentions.get(f, f)): file_rank(m) for f, m in layers.items()},
+        {config_name(in_attentions.get(f, f)): alpha for f, alpha in alphas.items()},
+        choose_targets(modules, others) if modules else [],
         lora_dropout=dropout,
         use_rslora=use_rslora,
         use_dora=bool(magnitudes),
@@ -93,17 +99,18 @@ def adapter_of(model: nn.Module) -> AdapterFile:
         **fields,
     )
     tensors = {fqn: layer.whole_factors() for fqn, layer in layers.items()}
-    return AdapterFile(
+    adapter = AdapterFile(
         config=config,
         tensors=tensors,
         magnitudes=magnitudes,
         extra=extra,
         whole=whole,
-        parameters={*parameters},
+        parameters={f for f, m in layers.items() if isinstance(m, ParameterBranch)},
         embeddings={f for f, m in layers.items() if isinstance(m, EmbeddingAdapter)},
         kernels={fqn: k for fqn, m in layers.items() if (k := kernel_of(m)) is not None},
         tokens={fqn: full_tensor(m.rows.weight) for fqn, m in tokens.items()},
     )
+    return in_file(adapter, whole_attentions)
 
 
 def _other_parameters(model: nn.Module, layers: Mapping[str, LoRAMixin]) -> list[str]:

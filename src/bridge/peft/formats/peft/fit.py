@@ -30,11 +30,13 @@ from bridge.peft.formats.peft.config import PeftConfig, alpha_for
 from bridge.peft.formats.peft.describe import file_rank
 from bridge.peft.formats.peft.extra import branch_settings
 from bridge.peft.formats.peft.kernels import kernel_of
+from bridge.peft.formats.peft.keys import config_name
 from bridge.peft.formats.peft.names import common_part, ends_in
 from bridge.peft.formats.peft.saved_whole import check_whole
 from bridge.peft.model.adapt import PlannedTokens
 from bridge.peft.model.trained_parameters import trained_whole
 from bridge.peft.model.walk import adapted_modules, base_modules, token_rows_of
+from bridge.peft.model.weight_reads import read_weights
 from bridge.peft.targets import candidates, output_heads
 from bridge.peft.token_targets import check_rows, tied_to
 
@@ -60,7 +62,7 @@ def plan_load(
         AlreadyAdaptedError: The model carries another adapter.
     """
     present = dict(adapted_modules(model))
-    names = base_modules(model)
+    names, read = base_modules(model), read_weights(model)
     if present:
         _check_same_adapter(adapter, present, model)
         if lora_dtype is not None:
@@ -78,7 +80,7 @@ def plan_load(
             holder, _, parameter = fqn.rpartition(".")
             module = names[holder]
         if not present:
-            _check_adaptable(fqn, module, parameter)
+            _check_adaptable(fqn, module, parameter, is_read=module in read)
         _check_fits(fqn, module, parameter, a, b)
         if not parameter and fqn not in adapter.parameters:
             _check_kind(fqn, module, adapter)
@@ -204,6 +206,8 @@ def _check_targets(adapter: AdapterFile, names: Mapping[str, nn.Module], root: n
         )
     entries = adapter.parsed.target_parameters
     matched |= {fqn for fqn in held if ends_in(fqn, entries)}
+    # an attention that is meant as a whole has its branches under other names
+    matched -= {config_name(adapter.name_in_file(fqn)) for fqn in adapter.names_in_file}
     # a file of an inner model says nothing of the modules beside that one
     part = common_part(adapter.names_in_file.keys() - adapter.alphas.keys())
     without = sorted(fqn for fqn in matched - adapter.tensors.keys() if fqn.startswith(part))
@@ -262,13 +266,16 @@ def _options(adapter: AdapterFile, fqn: str, lora_dtype: torch.dtype | None) -> 
     )
 
 
-def _check_adaptable(fqn: str, module: nn.Module, parameter: str) -> None:
-    reason = parameter_refusal(module, parameter) if parameter else unsupported_reason(module)
+def _check_adaptable(fqn: str, module: nn.Module, parameter: str, *, is_read: bool) -> None:
+    if parameter:
+        reason = parameter_refusal(module, parameter)
+    else:
+        reason = unsupported_reason(module, is_read=is_read)
     if reason:
         raise AdapterFileError(
             f"the file adapts {fqn}, a {type(module).__name__} that cannot be adapted: {reason}"
         )
-    check_untouched(module) if parameter else check_adaptable(module)
+    check_untouched(module) if parameter else check_adaptable(module, is_read=is_read)
 
 
 def _check_kind(fqn: str, module: nn.Module, adapter: AdapterFile) -> None:

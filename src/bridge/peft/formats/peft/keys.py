@@ -5,6 +5,7 @@ base_model.model.….q_proj.lora_A.weight   as PEFT saves it
 ….q_proj.lora_a.weight                    ours (`adapter_state_dict`), Automodel's
 ….embed_tokens.lora_embedding_A           an embedding's, as PEFT saves it
 ….embed_tokens.token_adapter.trainable_tokens_delta   new values of some rows of an embedding
+….self_attn.base_layer.out_proj.lora_A.weight   the output's, inside the wrapper of an attention
 ….q_proj.lora_magnitude_vector            DoRA's magnitude; ours is ….lora_magnitude.weight
 ….q_proj[.adapter].linear_in.weight       of the layers in version 0.2 of Megatron-Bridge
 
@@ -46,6 +47,8 @@ _LETTERS = {"in": "A", "out": "B"}
 _OTHER_KINDS = {
     ".lora_B.bias": "a bias on B",
 }
+#: Between the name of an `nn.MultiheadAttention` and its output projection inside PEFT's wrapper.
+ATTENTION_OUTPUT = ".base_layer.out_proj"
 #: Modules that may be one and the same matrix, by the last component of their names.
 _HEADS = ("lm_head", "embed_out", "output_layer", "output", "head", "decoder", "proj_out")
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings")
@@ -54,6 +57,15 @@ _TOKEN_ROWS = re.compile(r"(?P<fqn>.+?)\.token_adapter\.trainable_tokens_delta(?
 #: Levels of PEFT's wrapper around an embedding with such rows.
 _TOKEN_LEVELS = (".token_adapter.base_layer.", ".token_adapter.", ".original_module.")
 _COPY, _ORIGINAL = ".modules_to_save.", ".original_module."
+
+
+def config_name(fqn: str) -> str:
+    """The name by which a config means a module: for an attention's output, the attention's.
+
+    Args:
+        fqn: The module's name in the keys.
+    """
+    return fqn.removesuffix(ATTENTION_OUTPUT)
 
 
 class Halves:

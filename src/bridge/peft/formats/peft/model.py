@@ -14,6 +14,7 @@ from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.branch.token_rows import WithTokenRows
 from bridge.peft.errors import AdapterError, AdapterFileError
 from bridge.peft.formats.peft.adapter_file import AdapterFile, read_adapter, write_adapter
+from bridge.peft.formats.peft.attention import in_model
 from bridge.peft.formats.peft.describe import adapter_of
 from bridge.peft.formats.peft.experts import fused, separated
 from bridge.peft.formats.peft.fingerprint import differences
@@ -107,7 +108,7 @@ def load_adapter(
     reshard(root)
     if next(adapted_modules(root), None) is None:
         check_can_be_adapted(model)
-    adapter = in_order(placed(fused(read_adapter(directory), root), root), root)
+    adapter = in_order(placed(fused(in_model(read_adapter(directory)), root), root), root)
     planned, present = plan_load(adapter, root, lora_dtype)
     tokens = plan_tokens(adapter, root, lora_dtype)
     modules = {

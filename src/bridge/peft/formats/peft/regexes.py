@@ -7,10 +7,12 @@ one file share. Where the two packages read a regex differently, it is rewritten
 
 from __future__ import annotations
 
+import gc
 import re
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import prod
 
 import regex as stoppable
@@ -50,17 +52,25 @@ class Budget:
     def __init__(self, seconds: float = MAX_SECONDS) -> None:
         self.left = seconds
 
-    def spend_since(self, start: float, source: str) -> None:
-        """Take the time since `start` off.
+    @contextmanager
+    def spending(self, source: str) -> Iterator[None]:
+        """Take the time within the context off; no garbage is collected in it, which would count.
 
         Args:
-            start: What `time.thread_time()` was.
-            source: The regex that it was spent on, for the message.
+            source: The regex that it is spent on, for the message.
 
         Raises:
             AdapterFileError: None is left.
         """
-        self.left -= time.thread_time() - start
+        was_enabled = gc.isenabled()
+        gc.disable()
+        start = time.thread_time()
+        try:
+            yield
+        finally:
+            self.left -= time.thread_time() - start
+            if was_enabled:
+                gc.enable()
         if self.left <= 0:
             raise AdapterFileError(
                 f"matching the regexes of adapter_config.json takes too long (at {source[:80]!r}); "
@@ -82,7 +92,11 @@ class BoundedRegex:
 
     def __init__(self, source: str, where: str, budget: Budget) -> None:
         self._source, self._where, self._budget = source, where, budget
-        start = time.thread_time()
+        with budget.spending(source):
+            self._regex = self._compiled()
+
+    def _compiled(self) -> stoppable.Pattern[str]:
+        source = self._source
         is_wide = _WIDE_CHARACTER.search(source) is not None
         if _length(source, is_wide) > MAX_REGEX_LENGTH:
             raise self._refused(f"longer than {MAX_REGEX_LENGTH:,} characters, repeats written out")
@@ -96,12 +110,11 @@ class BoundedRegex:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 re.compile(source)
-                self._regex = stoppable.compile(
+                return stoppable.compile(
                     _TOKENS.sub(_unambiguous, source), stoppable.V0, cache_pattern=False
                 )
         except (re.error, stoppable.error, RecursionError, OverflowError, KeyError) as error:
             raise self._refused(f"not valid ({error})") from error
-        budget.spend_since(start, source)
 
     def fullmatch(self, text: str) -> bool:
         """Whether the regex matches all of `text`, as `re.fullmatch` says.
@@ -122,14 +135,13 @@ class BoundedRegex:
     def _ask(self, how: Callable[..., object], text: str) -> bool:
         if self._is_for_ascii and not (text.isascii() and text.isprintable()):
             raise self._refused(f"not supported for a module called {text[:80]!r}")
-        start = time.thread_time()
-        try:
-            # a limit below zero would be none
-            found = how(text, timeout=max(self._budget.left, 1e-4)) is not None
-        except (TimeoutError, MemoryError):
-            self._budget.left = 0.0
-            found = False
-        self._budget.spend_since(start, self._source)
+        found = False
+        with self._budget.spending(self._source):
+            try:
+                # a limit below zero would be none
+                found = how(text, timeout=max(self._budget.left, 1e-4)) is not None
+            except (TimeoutError, MemoryError):
+                self._budget.left = 0.0
         return found
 
     def _refused(self, reason: str) -> AdapterFileError:

@@ -7,7 +7,7 @@ import torch
 
 from bridge.peft import LoRA, save_adapter
 from bridge.peft.cli import main
-from bridge.peft.lora import adapted_modules
+from bridge.peft.model.walk import adapted_modules
 from tests.helpers import models
 
 

@@ -12,7 +12,7 @@ import transformers
 from bridge.peft import AdapterError, LoRA, save_adapter
 from bridge.peft.cli import main
 from bridge.peft.cli import merge as command
-from bridge.peft.lora import adapted_modules
+from bridge.peft.model.walk import adapted_modules
 from tests.helpers import models
 
 transformers.utils.logging.disable_progress_bar()

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from bridge.peft import LoRA, load_adapter, merge, save_adapter
 from bridge.peft.cli.inspect import describe
@@ -238,10 +239,28 @@ def test_resize_and_inspect_know_experts(tmp_path):
     assert {layer.dim for _, layer in adapted_modules(small)} == {1}
 
 
-def test_a_directory_merge_of_experts_in_one_parameter_says_what_to_do(tmp_path):
-    save_adapter(adapted("qwen3_moe"), tmp_path / "adapter")
-    mixture("qwen3_moe").save_pretrained(tmp_path / "base")
-    with pytest.raises(AdapterError, match=r"experts in one parameter.*experts='separate'"):
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_a_directory_that_holds_experts_apart_is_merged_as_the_model_is(tmp_path, name):
+    model = adapted(name, target_modules=["o_proj"])
+    save_adapter(model, tmp_path / "adapter")
+    mixture(name).save_pretrained(tmp_path / "base")
+    merge_directory(tmp_path / "base", [(tmp_path / "adapter", 1.0)], tmp_path / "merged")
+    before = logits(model)
+    merge(model)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert_alike(logits(merged), before)
+    for (fqn, ours), theirs in zip(merged.named_parameters(), base_parameters(model), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6, msg=fqn)
+
+
+def base_parameters(model):
+    return [p for n, p in model.named_parameters() if ".lora_" not in n and "_lora." not in n]
+
+
+def test_a_directory_that_holds_experts_in_one_tensor_says_what_to_do(tmp_path):
+    save_adapter(adapted("gpt_oss"), tmp_path / "adapter")
+    mixture("gpt_oss").save_pretrained(tmp_path / "base")
+    with pytest.raises(AdapterError, match="one tensor of several matrices.*merge.model."):
         merge_directory(tmp_path / "base", [(tmp_path / "adapter", 1.0)], tmp_path / "merged")
 
 

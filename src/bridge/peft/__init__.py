@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from bridge.peft.adapter_wrapper import AdapterWrapper
     from bridge.peft.errors import AdapterError
     from bridge.peft.formats.peft.model import load_adapter, save_adapter
-    from bridge.peft.lora import LoRA, adapter_state_dict
+    from bridge.peft.lora import LoRA
     from bridge.peft.lora_layers import (
         LinearAdapter,
         LoRALinear,
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         patch_linear_module,
     )
     from bridge.peft.merging.in_memory import merge, unmerge
+    from bridge.peft.model.adapter_state import adapter_state_dict
     from bridge.peft.model.disable import disable_adapters
     from bridge.peft.model.optimizer_groups import optimizer_groups
 
@@ -32,7 +33,7 @@ _HOME = {
     "LoRA": "lora",
     "LoRALinear": "lora_layers",
     "TELinearAdapter": "lora_layers",
-    "adapter_state_dict": "lora",
+    "adapter_state_dict": "model.adapter_state",
     "disable_adapters": "model.disable",
     "load_adapter": "formats.peft.model",
     "merge": "merging.in_memory",

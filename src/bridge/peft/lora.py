@@ -1,26 +1,19 @@
-"""The LoRA recipe: match, plan, patch in place; and the adapter's own state dict."""
+"""The LoRA recipe: match, plan, patch in place."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from bridge.peft.branch.functions.starts import is_start, is_subtracted
+from bridge.peft.branch.functions.starts import is_start
 from bridge.peft.branch.initializers import derive_seed
-from bridge.peft.branch.kinds.experts import (
-    PARAMETER_PATH,
-    experts_per_token,
-    is_attention,
-    parameter_features,
-)
-from bridge.peft.branch.kinds.read_linear import READ
 from bridge.peft.branch.options import (
     BranchOptions,
     DropoutPosition,
@@ -30,28 +23,23 @@ from bridge.peft.branch.options import (
     check_dim,
 )
 from bridge.peft.branch.patch import adapted_class
-from bridge.peft.branch.quantised.table import format_of
 from bridge.peft.dtypes import sound_dtype
 from bridge.peft.errors import AdapterError, TargetError
 from bridge.peft.model.adapt import Planned, PlannedTokens, adapt_in_place, check_can_be_adapted
 from bridge.peft.model.fused_parts import rows_of_parts
-from bridge.peft.model.participation import check_still_adapted
 from bridge.peft.model.pretrained import random_modules
 from bridge.peft.model.size import model_size
 from bridge.peft.model.trained_parameters import check_can_be_trained
 from bridge.peft.model.walk import (
-    adapted_modules,
-    some_names,
-    state_prefix,
-    token_rows_of,
     unwrap,
 )
 from bridge.peft.model.weight_reads import read_weights
-from bridge.peft.ops.dispatch import ComputePath, choose_path
 from bridge.peft.parallel.fsdp import reshard
 from bridge.peft.parallel.layout import agreed_seed
 from bridge.peft.parameter_targets import match_parameters
-from bridge.peft.plan import Plan, PlanRow, TokensRow, TrainedRow
+from bridge.peft.plan import Plan
+from bridge.peft.plan_rows import plan_row, tokens_row, trained_row
+from bridge.peft.recipe_notes import notes
 from bridge.peft.targets import (
     ALL_LINEAR,
     Candidate,
@@ -60,9 +48,7 @@ from bridge.peft.targets import (
     match_modules,
     match_targets,
     tied_linears,
-    tied_modules,
 )
-from bridge.peft.tensors import full_tensor, is_plain, is_sharded
 from bridge.peft.token_targets import checked_tokens, match_tokens
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -157,7 +143,7 @@ class LoRA:
                 f"{asked} is for linears, and target_parameters names other parameters; leave one "
                 "of the two out"
             )
-        self._options(self.dim, self.alpha, self.lora_dtype)
+        self._common_options()
 
     def options_for(self, candidate: Candidate) -> BranchOptions:
         """The branch options of one module, its rank and alpha patterns applied.
@@ -167,7 +153,7 @@ class LoRA:
         """
         dim = _first_match(self.rank_pattern, candidate, self.dim)
         alpha = _first_match(self.alpha_pattern, candidate, self.alpha)
-        return self._options(dim, alpha, self.lora_dtype or sound_dtype(_weight(candidate).dtype))
+        return self._options(dim, alpha, self.lora_dtype or sound_dtype(candidate.weight.dtype))
 
     def _planned_options(self, model: nn.Module, candidate: Candidate) -> BranchOptions:
         """`options_for`, and the rows of B that the chosen parts of the module are."""
@@ -187,6 +173,9 @@ class LoRA:
             )
         rows = rows_of_parts(model, candidate.fqn, kind.features(candidate.module)[1], parts)
         return dataclasses.replace(options, rows=rows)
+
+    def _common_options(self) -> BranchOptions:
+        return self._options(self.dim, self.alpha, self.lora_dtype)
 
     def _options(self, dim: int, alpha: float, lora_dtype: torch.dtype | None) -> BranchOptions:
         return BranchOptions(
@@ -219,16 +208,16 @@ class LoRA:
         size = model_size(root)
         return Plan(
             rows=tuple(
-                self._row(candidate, options, read)
+                plan_row(candidate, options, read)
                 for candidate, options in zip(chosen, self._all_options(root, chosen), strict=True)
             ),
-            trained_in_full=tuple(_trained_row(candidate) for candidate in trained),
-            token_rows=tuple(map(_tokens_row, tokens)),
+            trained_in_full=tuple(trained_row(candidate) for candidate in trained),
+            token_rows=tuple(map(tokens_row, tokens)),
             not_adapted=tuple(skipped),
             base_parameters=size.parameters,
             base_bytes=size.bytes,
             quantised=size.quantised,
-            notes=tuple(self._notes(root, chosen, trained, tokens)),
+            notes=tuple(notes(root, chosen, trained, tokens, self._common_options())),
         )
 
     def __call__(self, model: Model) -> Model:
@@ -250,7 +239,7 @@ class LoRA:
         chosen, _, trained = self._match(root)
         tokens = self._match_tokens(root, chosen, trained)
         all_options = self._all_options(root, chosen)
-        for note in self._notes(root, chosen, trained, tokens):
+        for note in notes(root, chosen, trained, tokens, self._common_options()):
             warnings.warn(note, stacklevel=2)
         seed = self.seed
         if seed is None:
@@ -317,111 +306,6 @@ class LoRA:
         dtype = self.lora_dtype
         return [plan._replace(dtype=dtype) for plan in planned] if dtype else planned
 
-    def _notes(
-        self,
-        model: nn.Module,
-        chosen: Sequence[Candidate],
-        trained: Sequence[Candidate],
-        tokens: Sequence[PlannedTokens],
-    ) -> Iterator[str]:
-        """What the user should know before training."""
-        covered = {id(m) for candidate in trained for m in candidate.module.modules()}
-        covered |= {id(m) for plan in tokens for m in (plan.module, *plan.followers)}
-        random = [f for f, m in random_modules(model).items() if id(m) not in covered]
-        if random:
-            yield (
-                f"{some_names(random)}: from no checkpoint (random, or resized since loading), and "
-                f"frozen; to train them in full pass modules_to_train={random[:5]}"
-            )
-        half = [c.fqn for c in trained if any(p.itemsize == 2 for p in c.module.parameters())]
-        if half:
-            yield (
-                f"{some_names(half)}: trained in full in 16 bits, in which small steps are lost; "
-                "load the model in float32 and train under autocast"
-            )
-        tied, tied_linear = tied_modules(model), tied_linears(model)
-        for c in chosen:  # a head that is tied to an embedding computes apart from it anyway
-            if c.module in tied and (isinstance(c.module, nn.Embedding) or c.module in tied_linear):
-                yield (
-                    f"{c.fqn}: shares its weight with {some_names(tied[c.module])}, which the "
-                    "branch does not reach; merging will ask to untie them"
-                )
-        read = read_weights(model)
-        embeddings = {c.fqn: c.module for c in chosen if isinstance(c.module, nn.Embedding)}
-        passed = [c.fqn for c in chosen if c.module in read and not isinstance(c.module, nn.Linear)]
-        undropped = [c.fqn for c in chosen if _is_read(c, read) and c.fqn not in passed]
-        if self.dropout and undropped:
-            yield f"{some_names(undropped)}: read by the model's own code, where dropout cannot act"
-        if self.dropout and self.dropout_position == "pre" and embeddings:
-            yield (
-                f"{some_names([*embeddings])}: an embedding's input is a token, of which dropout "
-                "drops nothing; dropout_position='post' acts there"
-            )
-        if passed:
-            yield (
-                f"{some_names(passed)}: the model's own code reads its weight too, where the "
-                "branch takes no part, and merging would change that; leave it out"
-            )
-
-    def _row(
-        self,
-        candidate: Candidate,
-        options: BranchOptions,
-        read: Mapping[nn.Module, Sequence[nn.Module]],
-    ) -> PlanRow:
-        module, weight = candidate.module, _weight(candidate)
-        if candidate.parameter:
-            return _parameter_row(candidate, options)
-        adapted = adapted_class(type(module))
-        plain = adapted.plain_forward and (is_plain(weight) or is_sharded(weight))
-        path = choose_path(weight if is_plain(weight) and plain else None, plain_linear=plain)
-        if module in read:
-            path = ComputePath("read", READ.replace("other code", type(read[module][0]).__name__))
-        n_in, n_out = adapted.features(module)
-        form = format_of(module)
-        return PlanRow(
-            fqn=candidate.fqn,
-            base_type=type(module).__name__,
-            quantised=None if form is None else form.label(module),
-            in_features=n_in,
-            out_features=n_out,
-            dim=options.dim,
-            alpha=options.alpha,
-            scale=options.scale,
-            subtracts=is_subtracted(options.lora_A_init_method),
-            trains_a=not options.freeze_a,
-            magnitudes=n_out if options.use_dora else 0,
-            dtype=options.resolve_dtype(weight.dtype),
-            path=path.name,
-            reason=path.reason,
-            trained_rows=sum(stop - start for start, stop in options.rows or ()) or n_out,
-            looked_up=isinstance(module, nn.Embedding),
-        )
-
-
-def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter's tensors under their fully qualified names, and nothing else.
-
-    Args:
-        model: An adapted model, possibly inside `DistributedDataParallel` or compiled.
-
-    Returns:
-        `{"….q_proj.lora_a.weight": (dim, in_features), "….lora_b.weight": (out_features, dim), …}`,
-        detached, sharing storage with the model; empty if nothing is adapted. Sharded tensors
-        (FSDP2, Megatron's tensor parallel) are gathered whole, so every rank must call.
-    """
-    check_still_adapted(unwrap(model))
-    reshard(model)
-    found = {
-        f"{state_prefix(fqn, module)}.{name}".lstrip("."): tensor
-        for fqn, module in adapted_modules(model)
-        for name, tensor in module.whole_parameters().items()
-    }
-    return found | {
-        f"{fqn}.token_rows.weight".lstrip("."): full_tensor(module.rows.weight)
-        for fqn, module in token_rows_of(model)
-    }
-
 
 def _entries(recipe: LoRA, name: str) -> str | tuple[str, ...]:
     value: Any = getattr(recipe, name)
@@ -445,52 +329,6 @@ def _check_entry(where: str, entry: Any) -> None:
             raise AdapterError(f"{where} entry {entry!r} is not a valid regex: {error}") from error
 
 
-def _trained_row(candidate: Candidate) -> TrainedRow:
-    parameters = list(candidate.module.parameters())
-    return TrainedRow(
-        fqn=candidate.fqn,
-        base_type=type(candidate.module).__name__,
-        parameters=sum(p.numel() for p in parameters),
-        bytes=sum(p.numel() * p.element_size() for p in parameters),
-    )
-
-
-def _parameter_row(candidate: Candidate, options: BranchOptions) -> PlanRow:
-    module, weight = candidate.module, _weight(candidate)
-    n_in, n_out = parameter_features(module, candidate.parameter)
-    stack = weight.shape[0] if weight.dim() == 3 else 1
-    path = PARAMETER_PATH
-    if is_attention(module):
-        path = ComputePath("read", READ.replace("other code", type(module).__name__))
-    return PlanRow(
-        fqn=candidate.fqn,
-        base_type=type(module).__name__,
-        in_features=n_in,
-        out_features=n_out,
-        dim=options.dim,
-        alpha=options.alpha,
-        scale=options.scale,
-        dtype=options.resolve_dtype(weight.dtype),
-        trains_a=not options.freeze_a,
-        path=path.name,
-        reason=path.reason,
-        trained_rows=n_out,
-        stack=stack,
-        used=min(stack, experts_per_token(module)) if stack > 1 else 1,
-    )
-
-
-def _tokens_row(plan: PlannedTokens) -> TokensRow:
-    weight: Tensor = plan.module.weight  # pyright: ignore[reportAssignmentType]
-    return TokensRow(
-        fqn=plan.fqn,
-        tokens=len(plan.tokens),
-        embedding_dim=weight.shape[1],
-        dtype=plan.dtype or sound_dtype(weight.dtype),
-        followers=len(plan.followers),
-    )
-
-
 def _checked_parts(parts: Any) -> dict[str, tuple[str | Sequence[int], ...]]:
     if not isinstance(parts, Mapping):
         raise AdapterError(f"parts must map entries to parts, got {parts!r:.80}")
@@ -504,18 +342,5 @@ def _checked_parts(parts: Any) -> dict[str, tuple[str | Sequence[int], ...]]:
     return {entry: tuple(value) for entry, value in parts.items()}
 
 
-def _is_read(candidate: Candidate, read: Mapping[nn.Module, Sequence[nn.Module]]) -> bool:
-    """Whether the branch takes part where other code reads the weight, as the dense sum."""
-    return candidate.module in read or (
-        bool(candidate.parameter) and is_attention(candidate.module)
-    )
-
-
 def _first_match(pattern: Mapping[str, Any], candidate: Candidate, default: Any) -> Any:
     return next((value for key, value in pattern.items() if candidate.matches(key)), default)
-
-
-def _weight(candidate: Candidate) -> Tensor:
-    if candidate.parameter:
-        return getattr(candidate.module, candidate.parameter)
-    return adapted_class(type(candidate.module)).weight_of(candidate.module)

@@ -9,13 +9,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from bridge.peft._optional import TELinear
 from bridge.peft.branch.kinds.attention import OUT_PROJECTION, attention_refusal
 from bridge.peft.branch.kinds.experts import IN_PROJECTION
 from bridge.peft.branch.kinds.packed import PackedLinearAdapter
+from bridge.peft.branch.patch import adapted_class
 from bridge.peft.branch.quantised.table import format_of
 from bridge.peft.branch.registry import kind_of, unsupported_reason
 from bridge.peft.errors import TargetError
@@ -44,6 +45,13 @@ class Candidate:
     module: nn.Module
     names: tuple[str, ...]
     parameter: str = ""
+
+    @property
+    def weight(self) -> Tensor:
+        """The tensor that the branch stands on."""
+        if self.parameter:
+            return getattr(self.module, self.parameter)
+        return adapted_class(type(self.module)).weight_of(self.module)
 
     def matches(self, entry: str) -> bool:
         """Whether any of the names matches `entry`."""

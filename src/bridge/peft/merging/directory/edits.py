@@ -94,7 +94,6 @@ def plan_edits(
         AdapterError: A module is not in the checkpoint, has another shape, is quantised or tied.
     """
     _check_can_be_summed(adapters)
-    _check_no_stacks(adapters)
     entries, whole = checkpoint.entries(), _whole_tensors(adapters)
     alike = heads_alike(whole)
     for name in alike:
@@ -149,16 +148,6 @@ def plan_edits(
         was_tied=bool(ties or followers),
         vocabulary=new_vocabulary(found, whole, entries, edits),
     )
-
-
-def _check_no_stacks(adapters: _Adapters) -> None:
-    for adapter, _ in adapters:
-        if adapter.parameters:
-            raise AdapterError(
-                f"an adapter adapts {min(adapter.parameters)}, experts in one parameter, which a "
-                "model directory may hold apart; load the model and the adapter in Python, and "
-                "merge(model), or save the adapter with save_adapter(…, experts='separate')"
-            )
 
 
 def _token_rows(

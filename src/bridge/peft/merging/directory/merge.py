@@ -34,6 +34,7 @@ from bridge.peft.formats.peft import AdapterFile, read_adapter
 from bridge.peft.formats.peft.fingerprint import differences
 from bridge.peft.merging.directory.base_copies import without_base_copies
 from bridge.peft.merging.directory.edits import Edits, plan_edits
+from bridge.peft.merging.directory.experts import experts_apart
 from bridge.peft.merging.directory.quantised import trained_on
 from bridge.peft.merging.directory.stream import Target, write_shard
 from bridge.peft.merging.in_memory import check_compute_dtype
@@ -102,6 +103,7 @@ def merge_directory(
     loaded = [(read_adapter(path), weight) for path, weight in paths]
     with reading(model):
         loaded = [(without_base_copies(checkpoint, a), weight) for a, weight in loaded]
+    loaded = [(experts_apart(checkpoint, a), weight) for a, weight in loaded]
     base = trained_on([adapter for adapter, _ in loaded], quantize)
     edits = plan_edits(checkpoint, loaded, base, untie=untie)
     with reading(model):

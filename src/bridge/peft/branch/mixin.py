@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from bridge.peft.branch.functions.carried import CarriesFunctions, carry
+from bridge.peft.branch.functions.carried import carry
 from bridge.peft.branch.functions.starts import is_start, is_subtracted, split
 from bridge.peft.branch.matrix import GIVEN, Blocks, LoRAMatrix
 from bridge.peft.branch.options import BranchOptions, DropoutPosition, InitMethod
 from bridge.peft.branch.quantised.format import input_dtypes
 from bridge.peft.branch.quantised.table import format_of
+from bridge.peft.branch.state import KeepsState
 from bridge.peft.branch.untouched import check_untouched, foreign_patch
 from bridge.peft.errors import AdapterError, UnsupportedLinearError
 from bridge.peft.ops.dispatch import ComputePath, choose_path, lora_add
@@ -23,18 +24,14 @@ from bridge.peft.ops.reference import add_in_base_dtype
 from bridge.peft.parallel.fsdp import is_data_parallel
 from bridge.peft.parallel.shard import Shard
 from bridge.peft.parallel.tensor import add_sharded_branch
-from bridge.peft.tensors import full_tensor, is_plain, is_sharded
+from bridge.peft.tensors import is_plain, is_sharded
 
 #: What a branch starts from: a seed for A, the values of A and B (and of DoRA's magnitude), or
 #: torch's default generator.
 Start = int | tuple[Tensor, ...] | None
-_LORA_KEYS = (
-    *("lora_a.weight", "lora_b.weight", "lora_magnitude.weight"),
-    *("lora_start.a", "lora_start.b"),
-)
 
 
-class LoRAMixin(CarriesFunctions):
+class LoRAMixin(KeepsState):
     """The branch over whatever linear is next in the method resolution order.
 
     A kind of base is a subclass in `branch/kinds/`: it says which classes it takes
@@ -320,55 +317,6 @@ class LoRAMixin(CarriesFunctions):
         """The base's own weight, the way round that the base stores it."""
         own = self._parameters.get("weight")
         return self.weight if own is None else own  # pyright: ignore[reportReturnType]
-
-    def whole_parameters(self) -> dict[str, Tensor]:
-        """As `adapter_parameters`, whole and detached; may be a collective."""
-        own = {"lora_a.weight": self.lora_a.whole(), "lora_b.weight": self.lora_b.whole()}
-        others = self.adapter_parameters()
-        return own | {name: full_tensor(p) for name, p in others.items() if name not in own}
-
-    def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """A, B, what is subtracted, and DoRA's magnitude, under their names below this module."""
-        own = {"lora_a.weight": self.lora_a.weight, "lora_b.weight": self.lora_b.weight}
-        if (start := self.start) is not None:
-            own |= {"lora_start.a": start.a, "lora_start.b": start.b}
-        magnitude = self.magnitude
-        return own if magnitude is None else own | {"lora_magnitude.weight": magnitude.weight}
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As `nn.Module.state_dict`; while merged without A and B, which the weight then holds."""
-        state = super().state_dict(*args, **kwargs)
-        if self.merged:
-            prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
-            for key in _LORA_KEYS:
-                state.pop(prefix + key, None)
-        return state
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        error_msgs: list[str] = args[4] if len(args) > 4 else kwargs["error_msgs"]
-        if self.merged:
-            error_msgs.append(
-                f"{prefix.rstrip('.') or 'module'} is merged: loading now would be undone or "
-                "doubled by unmerge; call unmerge(model) first"
-            )
-            return
-        follows = self.magnitude_is_the_base_s() and f"{prefix}weight" in state_dict
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._follow_base_off_meta()
-        self.weight_was_written()
-        if follows:
-            self.follow_base()
-
-    def _follow_base_off_meta(self) -> None:
-        """Materialise A and B when loading with `assign=True` has materialised the base."""
-        weight = getattr(self, "weight", None)
-        if weight is None or weight.device.type == "meta":
-            return
-        for part in (self.lora_a, self.lora_b, self.start, self.magnitude):
-            if part is not None and next(part.parameters()).device.type == "meta":
-                part.to_empty(device=weight.device)
 
     def extra_repr(self) -> str:
         """What `print(module)` shows."""

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from bridge.peft.errors import AdapterError, AdapterFileError
 from bridge.peft.formats.convert.layout import AttentionLayout
-from bridge.peft.formats.peft.adapter_file import AdapterFile, check_adapter
+from bridge.peft.formats.peft.adapter_file import AdapterFile
 from bridge.peft.formats.peft.config import alpha_for, new_config
+from bridge.peft.formats.peft.consistency import check_adapter
 from bridge.peft.formats.peft.names import choose_targets
 from bridge.peft.model.walk import some_names
 

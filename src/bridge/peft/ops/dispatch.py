@@ -21,6 +21,7 @@ from bridge.peft.ops.fused import (
 )
 from bridge.peft.ops.magnitude import RescaleFunction, rescale_forward
 from bridge.peft.ops.products import Branch, contract
+from bridge.peft.ops.ranks import ALONE, Ranks
 from bridge.peft.ops.reference import (
     add_in_base_dtype,
     lora_branch_reference,
@@ -98,12 +99,12 @@ def lora_linear(
     scale: float,
     dropout: float = 0.0,
     dropout_position: str = "post",
-    shard: int = 0,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """Return ``W x + b + scale * B A x`` for a plain floating linear base.
 
     Args as in `lora_linear_reference`; ``dropout`` is the effective one: 0 in evaluation, and
-    ``shard`` says which mask is drawn, see `draw_seed`.
+    ``ranks`` says what several of them share.
 
     Returns:
         (..., out_features), in the dtype of ``F.linear(x, weight, bias)``; autocast included.
@@ -112,9 +113,11 @@ def lora_linear(
     lora_a, lora_b = for_products(x, lora_a, lora_b)
     path = choose_path(x, weight, bias, lora_a, lora_b, trains_b=trains(lora_b))
     if path.name == "reference":
-        drop = _reference_dropout(x, lora_b, dropout, dropout_position, path, shard)
+        drop = _reference_dropout(x, lora_b, dropout, dropout_position, path, ranks.shard)
+        lora_a, lora_b = ranks.factors(lora_a, lora_b)
         return lora_linear_reference(x, weight, bias, lora_a, lora_b, scale, *drop)
-    branch = Branch(scale, dropout, dropout_position, draw_seed(shard) if dropout > 0.0 else None)
+    seed = draw_seed(ranks.shard) if dropout > 0.0 else None
+    branch = Branch(scale, dropout, dropout_position, seed, ranks)
     arguments = (x, weight, bias, lora_a, lora_b, branch)
     if torch.is_grad_enabled():
         return LoRALinearFunction.apply(*arguments)
@@ -129,20 +132,22 @@ def lora_add(
     scale: float,
     dropout: float = 0.0,
     dropout_position: str = "post",
-    shard: int = 0,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """Return ``base_out + scale * B A x``, for any base whose own forward gave ``base_out``.
 
     Args as in `lora_branch_reference`; ``base_out``, (..., out_features), is never written to, and
-    ``shard`` says which mask is drawn, see `draw_seed`.
+    ``ranks`` says what several of them share.
     """
     x, lora_a, lora_b = cast_for_products(x, lora_a, lora_b)
     path = choose_path(base_out, x, lora_a, lora_b, plain_linear=False, trains_b=trains(lora_b))
     if path.name == "reference":
-        drop = _reference_dropout(x, lora_b, dropout, dropout_position, path, shard)
+        drop = _reference_dropout(x, lora_b, dropout, dropout_position, path, ranks.shard)
+        lora_a, lora_b = ranks.factors(lora_a, lora_b)
         out = lora_branch_reference(x, lora_a, lora_b, scale, *drop)
         return add_in_base_dtype(base_out, out)
-    branch = Branch(scale, dropout, dropout_position, draw_seed(shard) if dropout > 0.0 else None)
+    seed = draw_seed(ranks.shard) if dropout > 0.0 else None
+    branch = Branch(scale, dropout, dropout_position, seed, ranks)
     arguments = (base_out, x, lora_a, lora_b, branch)
     if torch.is_grad_enabled():
         return LoRAAddFunction.apply(*arguments)

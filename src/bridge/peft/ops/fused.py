@@ -8,6 +8,7 @@ the backward, `docs/memory.md` lists what is saved.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,14 +43,12 @@ class LoRALinearFunction(torch.autograd.Function):
             inputs = (x, weight, bias, lora_a, lora_b)
             return *_differentiable(lora_linear_reference, inputs, needs[:5], dy, ctx), None
         rows, dy = None if x is None else rows_of(x), rows_of(dy).contiguous()
-        pre, post, s = ctx.branch.masks(_stand_in(dy, lora_a), lora_b)
-        dh, db = expand_backward(dy, h, lora_b.t(), s, post)
-        dx = dy @ weight if needs[0] else None
-        da = contract_backward(rows, dh, lora_a, s, pre, dx)
+        base_dx = (lambda: dy @ weight) if needs[0] else None
+        dx, da, db = _branch_backward(ctx.branch, rows, dy, h, lora_a, lora_b, base_dx)
         dw = dy.t() @ rows if needs[1] and rows is not None else None
         dbias = dy.sum(0) if needs[2] else None
         da = da if needs[3] else None
-        return None if dx is None else dx.view(ctx.x_shape), dw, dbias, da, db.t(), None
+        return None if dx is None else dx.view(ctx.x_shape), dw, dbias, da, db, None
 
 
 class LoRAAddFunction(torch.autograd.Function):
@@ -71,14 +70,17 @@ class LoRAAddFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:4]
         if torch.is_grad_enabled():
             inputs = (x, lora_a, lora_b)
-            return dy, *_differentiable(lora_branch_reference, inputs, needs, dy, ctx), None
+            return (
+                dy,
+                *_differentiable(lora_branch_reference, inputs, needs, dy, ctx),
+                None,
+            )
         rows, dy_rows = None if x is None else rows_of(x), rows_of(dy).contiguous()
         like = _stand_in(dy_rows, lora_a)
-        pre, post, s = ctx.branch.masks(like, lora_b)
-        dh, db = expand_backward(dy_rows, h, lora_b.t(), s, post)
-        dx = torch.zeros(like.shape, dtype=ctx.x_dtype, device=like.device) if needs[0] else None
-        da = contract_backward(rows, dh, lora_a, s, pre, dx)
-        return dy, None if dx is None else dx.view(ctx.x_shape), da, db.t(), None
+        zeros = functools.partial(torch.zeros, like.shape, dtype=ctx.x_dtype, device=like.device)
+        base_dx = zeros if needs[0] else None
+        dx, da, db = _branch_backward(ctx.branch, rows, dy_rows, h, lora_a, lora_b, base_dx)
+        return dy, None if dx is None else dx.view(ctx.x_shape), da, db, None
 
 
 def linear_forward(
@@ -115,6 +117,45 @@ def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
+def _branch_backward(
+    branch: Branch,
+    x: Tensor | None,
+    dy: Tensor,
+    h: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    base_dx: Callable[[], Tensor] | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """Return the gradients of x, A and B; that of A is None without x.
+
+    What is summed over ranks is on its way while the gradient of x is computed.
+
+    Args:
+        branch: The branch of the call.
+        x: (tokens, in_features); None where A is frozen.
+        dy: (tokens, out_features).
+        h: (tokens, dim), as forward gave it.
+        lora_a: A.
+        lora_b: B.
+        base_dx: Gives the base's gradient of x, which may be written to; None: it is not wanted.
+    """
+    pre, post, s = branch.masks(_stand_in(dy, lora_a), lora_b)
+    sum_a, sum_b = branch.ranks.sum_a, branch.ranks.sum_b
+    dh, db = expand_backward(dy, h, lora_b.t(), s, post)
+    summed_b = None if sum_b is None else sum_b.begin(db)
+    if sum_a is None or x is None:
+        dx = None if base_dx is None else base_dx()
+        da = contract_backward(x, dh, lora_a, s, pre, dx)
+    else:
+        da = contract_backward(x, dh, lora_a, s, pre, None)
+        assert da is not None
+        summed_a = sum_a.begin(da)
+        dx = None if base_dx is None else base_dx()
+        contract_backward(None, dh, lora_a, s, pre, dx)
+        da = summed_a()
+    return dx, da, (db if summed_b is None else summed_b()).t()
+
+
 def _stand_in(dy: Tensor, lora_a: Tensor) -> Tensor:
     """A tensor of the shape of x's rows, (tokens, in_features), that takes no memory."""
     return lora_a.new_empty(()).expand(dy.shape[0], lora_a.shape[1])
@@ -134,8 +175,8 @@ def _differentiable(
 ) -> list[Tensor | None]:
     """Return the gradients by the reference formula, so that they can be differentiated again."""
     branch: Branch = ctx.branch
-    x, lora_b = inputs[0], inputs[-1]
-    assert lora_b is not None
+    x, *_, lora_a, lora_b = inputs
+    assert lora_a is not None and lora_b is not None
     if x is None:
         raise AdapterError(
             "second derivatives need the input, which is not kept where A is frozen; train A too "
@@ -145,7 +186,8 @@ def _differentiable(
     for mask in branch.masks(rows_of(x), lora_b)[:2]:
         if mask is not None:
             p, kept = 1.0 - mask.keep_probability, mask.whole().view(*x.shape[:-1], -1)
-    y = formula(*inputs, branch.scale, p, branch.position, kept)
+    factors = branch.ranks.factors(lora_a, lora_b)
+    y = formula(*inputs[:-2], *factors, branch.scale, p, branch.position, kept)
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
     grads = iter(torch.autograd.grad(y, wanted, dy.to(y.dtype), create_graph=True))
     return [next(grads) if need else None for need in needs]

@@ -41,7 +41,7 @@ class RescaleFunction(torch.autograd.Function):
         dy_rows, v_rows = rows_of(dy), rows_of(v)
         dv = torch.empty_like(dy_rows, memory_format=torch.contiguous_format) if needs[0] else None
         dc = torch.zeros_like(factor) if needs[1] else None
-        for rows in row_slices(dy_rows, factor.dtype):
+        for rows in row_slices(dy_rows, factor.dtype, tensors=4):  # dy, dv, v and a product
             dy_ = dy_rows[rows]
             if dv is not None:
                 torch.mul(dy_, factor, out=dv[rows])

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bridge.peft.ops.dropout import SeededMask, apply_, consume_
+from bridge.peft.ops.ranks import ALONE, Ranks
 from bridge.peft.ops.scratch import scratch
 
 # Masked tokens are worked in blocks of about this many bytes. On a CPU a few such blocks stay in
@@ -31,13 +32,15 @@ class Branch(NamedTuple):
     """What defines a branch in one call, beside its tensors.
 
     `scale` is ``alpha / dim``, `dropout` the effective probability, `position` ``"pre"`` or
-    ``"post"``, `seed` that of the mask, or None where nothing is dropped.
+    ``"post"``, `seed` that of the mask, or None where nothing is dropped; `ranks` says what several
+    of them share.
     """
 
     scale: float
     dropout: float
     position: str
     seed: int | None
+    ranks: Ranks = ALONE
 
     def masks(self, x: Tensor, b: Tensor) -> tuple[SeededMask | None, SeededMask | None, float]:
         """Return the mask of x (tokens, in), that of the branch's output, and the factor of h.
@@ -106,9 +109,15 @@ def expand_backward(
     return _cat(dhs), total.value.to(a.dtype)
 
 
-def row_slices(wide: Tensor, dtype: torch.dtype) -> Iterator[slice]:
-    """Cut (tokens, features) into blocks of rows, at least one, of a size that is fast."""
-    size = _BLOCK_BYTES.get(wide.device.type, _BLOCK_BYTES_ON_DEVICE)
+def row_slices(wide: Tensor, dtype: torch.dtype, tensors: int = 1) -> Iterator[slice]:
+    """Cut (tokens, features) into blocks of rows, at least one, of a size that is fast.
+
+    Args:
+        wide: The tensor to cut.
+        dtype: Of what is computed with.
+        tensors: How many as wide ones are worked at once, which share the cache.
+    """
+    size = _BLOCK_BYTES.get(wide.device.type, _BLOCK_BYTES_ON_DEVICE) // tensors
     step = max(1, size // (wide.shape[1] * dtype.itemsize))
     for start in range(0, max(1, wide.shape[0]), step):
         yield slice(start, start + step)

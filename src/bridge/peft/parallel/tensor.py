@@ -7,13 +7,15 @@ those of one process on smaller matrices, so nothing is dispatched operation by 
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from bridge.peft.errors import AdapterError
 from bridge.peft.ops.dispatch import lora_add, lora_linear
+from bridge.peft.ops.ranks import Ranks
+from bridge.peft.parallel.gradient_sum import SumOverRanks
 from bridge.peft.parallel.layout import Layout, layout_of, layout_of_factors
 from bridge.peft.tensors import is_sharded
 
@@ -24,25 +26,6 @@ if TYPE_CHECKING:
 #: How many masks were drawn on each mesh; at every thousandth its ranks are compared.
 _masks_drawn: Counter[DeviceMesh] = Counter()
 _COMPARED_EVERY = 1000
-
-
-class _SumGradient(torch.autograd.Function):
-    """A replicated factor as a local tensor; its gradient is summed over the ranks in backward."""
-
-    @staticmethod
-    def forward(ctx: Any, factor: DTensor) -> Tensor:  # pyright: ignore
-        """Return the local tensor of `factor`."""
-        ctx.mesh, ctx.placements = factor.device_mesh, factor.placements
-        local = factor.to_local()
-        return local.view_as(local)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        """Return the sum over the ranks, placed as the factor."""
-        from torch.distributed.tensor import DTensor, Partial
-
-        part = DTensor.from_local(gradient, ctx.mesh, [Partial()], run_check=False)
-        return part.redistribute(placements=ctx.placements)
 
 
 def sharded_linear(
@@ -65,18 +48,21 @@ def sharded_linear(
     """
     layout = layout_of(weight)
     x, a, b = _ready(x, lora_a, lora_b, layout)
-    local_bias = None if bias is None else bias.to_local()
+    # autograd need not know of what is frozen
+    with torch.set_grad_enabled(weight.requires_grad and torch.is_grad_enabled()):
+        local_weight, local_bias = weight.to_local(), None if bias is None else bias.to_local()
     if layout.is_row and layout.rank > 0:
         local_bias = None  # added once, by the first rank, to the partial sums
     local = lora_linear(
         _local_input(x, layout),
-        weight.to_local(),
+        local_weight,
         local_bias,
-        *_local_factors(a, b, x, layout),
+        a.to_local(),
+        b.to_local(),
         scale,
         dropout,
         position,
-        _shard_of_mask(layout, dropout, position),
+        _ranks(x, layout, dropout, position),
     )
     return _as_output(local, lora_b.shape[0], x, layout)
 
@@ -99,10 +85,10 @@ def add_sharded_branch(
         (..., out_features), as `base_out`.
     """
     layout = layout_of_factors(lora_a, lora_b)
-    shard = _shard_of_mask(layout, dropout, position)
     if not is_sharded(x):
-        a, b = _local_factors(lora_a, lora_b, None, layout)
-        return lora_add(base_out, x, a, b, scale, dropout, position, shard)
+        ranks = _ranks(None, layout, dropout, position)
+        factors = lora_a.to_local(), lora_b.to_local()
+        return lora_add(base_out, x, *factors, scale, dropout, position, ranks)
     x, a, b = _ready(x, lora_a, lora_b, layout)  # pyright: ignore[reportArgumentType]
     out = _output_placement(x, layout)
     if base_out.placements != (out,):  # pyright: ignore[reportAttributeAccessIssue]
@@ -110,11 +96,12 @@ def add_sharded_branch(
     local = lora_add(
         base_out.to_local(),  # pyright: ignore[reportAttributeAccessIssue]
         _local_input(x, layout),
-        *_local_factors(a, b, x, layout),
+        a.to_local(),
+        b.to_local(),
         scale,
         dropout,
         position,
-        shard,
+        _ranks(x, layout, dropout, position),
     )
     return _as_output(local, lora_b.shape[0], x, layout)
 
@@ -161,18 +148,16 @@ def _local_input(x: DTensor, layout: Layout) -> Tensor:
     return x.to_local()
 
 
-def _local_factors(
-    lora_a: DTensor, lora_b: DTensor, x: DTensor | None, layout: Layout
-) -> tuple[Tensor, Tensor]:
-    """A and B as local tensors; where each rank sees a part of their gradient, it is summed."""
+def _ranks(x: DTensor | None, layout: Layout, dropout: float, position: str) -> Ranks:
+    """What the ranks share: which mask each draws, and which factors see a part of a gradient."""
     tokens_are_shared = x is not None and not (layout.is_row or x.placements[0].is_replicate())
-    sum_a = layout.is_column or tokens_are_shared
-    sum_b = layout.is_row or tokens_are_shared
-    return _local(lora_a, sum_gradient=sum_a), _local(lora_b, sum_gradient=sum_b)
-
-
-def _local(factor: DTensor, *, sum_gradient: bool) -> Tensor:
-    return _SumGradient.apply(factor) if sum_gradient else factor.to_local()  # pyright: ignore
+    shard = _shard_of_mask(layout, dropout, position)
+    total = SumOverRanks(layout.mesh)
+    return Ranks(
+        shard,
+        sum_a=total if layout.is_column or tokens_are_shared else None,
+        sum_b=total if layout.is_row or tokens_are_shared else None,
+    )
 
 
 def _as_output(local: Tensor, out_features: int, x: DTensor, layout: Layout) -> DTensor:

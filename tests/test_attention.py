@@ -18,6 +18,7 @@ from bridge.peft import (
     save_adapter,
     unmerge,
 )
+from bridge.peft.cli import main
 from bridge.peft.doctor import doctor
 from bridge.peft.errors import TargetError, UnsupportedLinearError
 from tests.helpers.kinds import KINDS, Attention, by_peft, moved
@@ -33,7 +34,7 @@ class Encoder(nn.Module):
         torch.manual_seed(0)
         sizes = {"d_model": 16, "nhead": 2, "dim_feedforward": 32, "dropout": 0.0}
         layer = nn.TransformerEncoderLayer(**sizes, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.decoder = nn.TransformerDecoderLayer(**sizes, batch_first=True)
 
     def forward(self, x):
@@ -77,7 +78,6 @@ def test_at_the_start_the_output_is_the_base_s_bit_for_bit():
     assert torch.equal(adapted()(X), Encoder()(X))
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_in_training_and_evaluation_it_computes_with_the_sum():
     model = moved(adapted())
     expected = dense(model)
@@ -154,6 +154,7 @@ def test_excluded_attentions_stay_as_they_are():
     assert not any("decoder.self_attn" in name for name in adapter_state_dict(model))
 
 
+@pytest.mark.filterwarnings("ignore:.*fused kernel, where PEFT's")
 def test_merge_unmerge_disable_copies_pickles_and_the_doctor():
     model = moved(adapted())
     before, base = model(X), Encoder()(X)
@@ -181,6 +182,8 @@ def test_what_cannot_be_adapted_is_refused_and_nothing_is_changed():
         assert type(model.decoder.self_attn) is nn.MultiheadAttention
         assert type(model.decoder.self_attn.out_proj) is type(Encoder().decoder.self_attn.out_proj)
         assert all(p.requires_grad for p in model.parameters())
+    with pytest.raises(TargetError, match="modules_to_train trains the weight of .*out_proj"):
+        LoRA(target_modules=ATTENTIONS, modules_to_train=["self_attn.out_proj"])(model)
     with pytest.raises(TargetError, match="parts"):
         LoRA(target_modules=ATTENTIONS, parts={"self_attn": ["q"]})(model)
 
@@ -194,7 +197,8 @@ def test_dropout_is_said_not_to_act():
 
 def test_the_file_is_one_module_of_peft_per_attention(tmp_path):
     model = moved(adapted(rank_pattern={"multihead_attn": 2}))
-    save_adapter(model, tmp_path)
+    with pytest.warns(UserWarning, match=r"encoder.layers.0, .*fused kernel, where PEFT's"):
+        save_adapter(model, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["target_modules"] == ["multihead_attn", "self_attn"]
     assert (config["r"], config["lora_alpha"]) == (4, 6)
@@ -249,3 +253,40 @@ def test_a_damaged_file_is_refused(tmp_path):
     save_file(tensors | {name: tensors[name][:-1]}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="first.out_proj is 128×128"):
         load_adapter(kind.base(), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@torch.no_grad()
+def test_an_encoder_that_zeroes_padding_says_so_and_is_itself_again_when_it_is_merged():
+    def encoder():
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        return nn.TransformerEncoder(layer, 2).eval()
+
+    mask = torch.zeros(3, 7, dtype=torch.bool)
+    mask[0, 4:] = True
+    base = encoder()(X, src_key_padding_mask=mask)
+    assert not base[0, 4:].any()
+    for targets in (["self_attn"], ["linear1"], ["self_attn", "linear1", "linear2"]):
+        with pytest.warns(UserWarning, match="TransformerEncoder: .*zeros at padded positions"):
+            model = LoRA(target_modules=targets, dim=2)(encoder())
+        out = model(X, src_key_padding_mask=mask)
+        torch.testing.assert_close(out[~mask], base[~mask], rtol=0, atol=1e-5)
+        with disable_adapters(model):
+            assert torch.equal(model(X, src_key_padding_mask=mask), base)
+        merge(model)
+        assert torch.equal(model(X, src_key_padding_mask=mask), base)
+        unmerge(model)
+        assert torch.equal(model(X, src_key_padding_mask=mask), out)
+
+
+def test_inspect_tells_of_the_update_as_it_is(tmp_path, capsys):
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(16, 2)})
+    moved(LoRA(target_modules=["attention"], dim=2)(model))
+    save_adapter(model, tmp_path)
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    modules = {m["fqn"]: m for m in json.loads(capsys.readouterr().out)["modules"]}
+    layer = model["attention"].out_proj
+    norm = (layer.scale * layer.lora_b.weight @ layer.lora_a.weight).norm().item()
+    assert modules["attention.out_proj"]["update_norm"] == pytest.approx(norm)
+    assert "attention.in_proj_weight" in modules

@@ -37,6 +37,8 @@ def on_two_processes(directory: Path) -> None:
     for layout in LAYOUTS:
         output = directory / layout
         assert finetune(*arguments(directory), "--parallel", layout, "--output", output) == 0
+    whole = ["--modules-to-train", "lm_head", "--trainable-tokens", "3,5", "--parallel", "fsdp"]
+    assert finetune(*arguments(directory), *whole, "--output", directory / "whole") == 0
     dropped = directory / "dropped"
     assert finetune(*arguments(directory), "--dropout", 0.2, "--output", dropped) == 0
     for name in ("dropped", "fsdp", "tp"):
@@ -67,6 +69,8 @@ def runs(tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs")
     save_inputs(directory)
     assert finetune(*arguments(directory), "--output", directory / "one") == 0
+    whole = ["--modules-to-train", "lm_head", "--trainable-tokens", "3,5"]
+    assert finetune(*arguments(directory), *whole, "--output", directory / "one-whole") == 0
     (directory / "ranks").mkdir()
     on_ranks(2, functools.partial(on_two_processes, directory), directory / "ranks")
     return directory
@@ -84,6 +88,14 @@ def test_two_processes_train_the_adapter_of_one(layout, runs):
     for row, other in zip(mine, theirs, strict=True):
         for key in {"loss", "eval_loss", "grad_norm", "learning_rate"} & {*row, *other}:
             assert row[key] == pytest.approx(other[key], rel=1e-5), (key, row)
+
+
+@pytest.mark.distributed
+def test_what_is_trained_beside_a_sharded_model_is_that_of_one_process(runs):
+    one, two = adapter(runs / "one-whole"), adapter(runs / "whole")
+    assert any("lm_head" in key for key in one) and any("trainable_tokens" in key for key in one)
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, rtol=0, atol=1e-4, msg=key)
 
 
 @pytest.mark.distributed

@@ -345,3 +345,33 @@ def test_modules_with_and_without_a_magnitude_do_not_fit_into_one_file(tmp_path)
     del model[0].lora_magnitude
     with pytest.raises(AdapterError, match="one flag for all modules"):
         save_adapter(nn.ModuleDict({"body": model}), tmp_path)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_it_trains_step_after_step_as_it_does_plainly(reentrant):
+    losses = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = LoRA(dim=4, seed=0, use_dora=True)(models.llama()).train()
+        if checkpointed:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-2)
+        losses.append([])
+        for step in range(4):  # the norms of one step are kept for its recomputation
+            ids = torch.arange(3 + step, 15 + step)[None]
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            assert all(p.grad is not None for p in trained)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_the_norms_that_are_kept_hold_no_graph():
+    model = LoRA(dim=4, use_dora=True)(nn.Sequential(nn.Linear(8, 8)))
+    for _ in range(2):
+        model(torch.randn(2, 8)).sum().backward()
+        kept = vars(model[0].lora_magnitude._known).values()
+        assert not any(t.requires_grad for t in kept if isinstance(t, torch.Tensor))

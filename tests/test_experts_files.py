@@ -260,7 +260,7 @@ def base_parameters(model):
 def test_a_directory_that_holds_experts_in_one_tensor_says_what_to_do(tmp_path):
     save_adapter(adapted("gpt_oss"), tmp_path / "adapter")
     mixture("gpt_oss").save_pretrained(tmp_path / "base")
-    with pytest.raises(AdapterError, match="one tensor of several matrices.*merge.model."):
+    with pytest.raises(AdapterError, match="a parameter in the checkpoint too.*merge.model."):
         merge_directory(tmp_path / "base", [(tmp_path / "adapter", 1.0)], tmp_path / "merged")
 
 
@@ -295,3 +295,19 @@ def test_experts_of_another_number_or_width_are_refused(tmp_path):
         with pytest.raises(AdapterFileError, match=words):
             load_adapter(mixture(name), tmp_path)
     assert stacks(mixture("qwen3_moe"))
+
+
+def test_a_router_beside_experts_is_a_linear_apart_and_on_disk(tmp_path):
+    entries = ["experts.down_proj", "mlp.gate.weight"]
+    model = adapted("qwen3_moe", target_modules=["q_proj"], target_parameters=entries)
+    save_adapter(model, tmp_path / "adapter")
+    save_adapter(model, tmp_path / "apart", experts="separate")
+    assert "model.layers.0.mlp.gate" in read_adapter(tmp_path / "apart").tensors
+    mixture("qwen3_moe").save_pretrained(tmp_path / "base")
+    before = logits(model)
+    assert_alike(logits(load_adapter(mixture("qwen3_moe"), tmp_path / "apart")), before)
+    for name in ("adapter", "apart"):
+        merge_directory(tmp_path / "base", [(tmp_path / name, 1.0)], tmp_path / f"merged-{name}")
+        path = tmp_path / f"merged-{name}"
+        merged = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        assert_alike(logits(merged), before)

@@ -220,6 +220,15 @@ def refusals():
     assert not adapter_state_dict(tied)
 
 
+def missing_on_one_rank():
+    whole = trained()
+    path = save_by_one(whole, "somewhere")
+    here = path if dist.get_rank() == 0 else path / "not-here"
+    for model in (shard(base()), trained(shard=shard)):
+        with pytest.raises(AdapterError, match=r"not-here is not an adapter directory"):
+            load_adapter(model, here)
+
+
 def doctoring():
     for model in (trained(shard=shard), trained(shard=shard, order=("shard", "recipe"))):
         for _ in range(2):  # as it is, and when it holds gathered copies
@@ -242,6 +251,7 @@ def everything():
     merging()
     merging_conv1d()
     refusals()
+    missing_on_one_rank()
     doctoring()
     a_random_frozen_module()
 

@@ -399,6 +399,7 @@ def encoder(**more):
     return nn.TransformerEncoder(layer, 2).eval()
 
 
+@pytest.mark.filterwarnings("ignore:.*zeros at padded positions")
 def test_torch_encoders_merge_like_any_other_model():
     base = encoder()
     x = torch.randn(2, 5, 16)

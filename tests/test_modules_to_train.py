@@ -1,6 +1,9 @@
 """Modules trained in full beside the branches; what is random is proposed; sound dtypes."""
 
 import copy
+import json
+import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -8,8 +11,14 @@ import transformers
 from torch import nn
 
 from bridge.peft import AdapterError, LoRA, disable_adapters, load_adapter, save_adapter
+from bridge.peft.branch.mixin import LoRAMixin
+from bridge.peft.doctor import doctor
 from bridge.peft.errors import TargetError
 from tests.helpers import models
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import peft
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
 SMALL |= {"num_attention_heads": 4, "vocab_size": 64}
@@ -148,3 +157,50 @@ def test_where_a_copy_to_train_cannot_be_made_the_model_is_left_as_it_was(monkey
     assert after.keys() == before.keys()
     assert all(after[n][0] is p and after[n][1] == grad for n, (p, grad) in before.items())
     assert [type(m) for m in model] == [nn.Linear, nn.Linear]
+
+
+class Head(nn.Module):
+    """A parameter of its own and a module below, both trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.proj = nn.Parameter(torch.ones(8)), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.proj(x * self.scale)
+
+
+def with_head(head=Head):
+    torch.manual_seed(0)
+    return nn.Sequential(OrderedDict(lin=nn.Linear(8, 8), head=head()))
+
+
+def test_a_module_inside_one_that_is_trained_is_not_named_again(tmp_path):
+    model = LoRA(target_modules=["lin"], modules_to_train=["head"], dim=2)(with_head())
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["head"]
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(with_head(), tmp_path)(x), model(x))
+    assert torch.equal(load_adapter(with_head(), tmp_path)(x), model(x))
+
+
+def test_a_weight_is_adapted_or_trained_in_full_and_not_both():
+    tied = models.llama(tie_word_embeddings=True)
+    for targets, whole in ((["embed_tokens"], ["lm_head"]), (["lm_head"], ["embed_tokens"])):
+        with pytest.raises(TargetError, match=f"trains the weight of .*{targets[0]} in full"):
+            LoRA(target_modules=targets, modules_to_train=whole, dim=2)(tied)
+    assert not any(isinstance(m, LoRAMixin) for m in tied.modules())
+
+
+def test_the_doctor_finds_a_model_with_a_trained_head_healthy():
+    model = LoRA(target_modules=["lin"], modules_to_train=["head"], dim=2)(with_head())
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    before = model.head.proj.weight
+    report = doctor(model, inputs={"input": torch.randn(4, 8)})
+    assert report.healthy and report["what is trained"].status == "pass", str(report)
+    assert model.head.proj.weight is before

@@ -161,6 +161,7 @@ def test_what_looks_like_a_linear_and_is_none_is_listed():
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.filterwarnings("ignore:.*zeros at padded positions")
 @torch.no_grad()
 def test_a_transformer_encoder_layer_does_not_bypass_its_adapters():
     for norm_first in (False, True):

@@ -123,6 +123,13 @@ def numbers():
     assert patch_linear_module(sharded).lora_b.weight.placements == (Shard(0),)
 
 
+def second_derivatives():
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    for model in both()[1:]:
+        with pytest.raises(AdapterError, match="second derivatives .* tensor-parallel"):
+            torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+
+
 def by_tokens(module, inputs, device_mesh):
     (x,) = inputs
     return x if isinstance(x, DTensor) else DTensor.from_local(x, device_mesh, [Shard(0)])
@@ -264,7 +271,9 @@ def run(*bodies):
 
 
 def test_sharded_layers_agree_with_whole_ones(tmp_path):
-    on_ranks(2, functools.partial(run, numbers, replicated, collectives), tmp_path)
+    on_ranks(
+        2, functools.partial(run, numbers, second_derivatives, replicated, collectives), tmp_path
+    )
 
 
 def test_masks_agree_where_activations_do_and_ranks_that_would_not_are_refused(tmp_path):

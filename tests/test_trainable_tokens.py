@@ -378,3 +378,29 @@ def shard_and_compare():
 @pytest.mark.distributed
 def test_fsdp2_gives_the_numbers_of_one_process(tmp_path):
     on_ranks(2, shard_and_compare, tmp_path)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_assigned_from_meta_they_have_values_before_an_optimizer_takes_them(whole):
+    full = parts.adapted(parts.build(models.llama), **RECIPE)
+    with torch.no_grad():
+        full.model.embed_tokens.token_rows.weight.add_(1.0)
+    state = full.state_dict() if whole else parts.build(models.llama).state_dict()
+    with torch.device("meta"):
+        model = LoRA(dim=4, **RECIPE)(models.llama())
+    model.load_state_dict(state, strict=whole, assign=True)
+    rows = model.model.embed_tokens.token_rows
+    assert not rows.weight.is_meta and not rows.indices.is_meta
+    model.model.rotary_emb = copy.deepcopy(full.model.rotary_emb)
+    expected = full if whole else parts.build(models.llama)
+    torch.testing.assert_close(parts.logits(model, IDS), parts.logits(expected, IDS), **CLOSE)
+    assert model.model.embed_tokens.token_rows is rows
+
+
+def test_merged_they_leave_no_trace_in_the_checkpoint():
+    model = parts.adapted(parts.build(models.llama), **RECIPE)
+    before = model.state_dict().keys()
+    merge(model)
+    assert model.state_dict().keys() == parts.build(models.llama).state_dict().keys()
+    unmerge(model)
+    assert model.state_dict().keys() == before

@@ -274,6 +274,13 @@ class LoRA:
         if self.target_modules:
             chosen, skipped = match_targets(model, self.target_modules, exclude, alone)
         chosen, skipped = chosen + stacks, skipped + frozen
+        in_full = {id(p): c.fqn for c in trained for p in c.module.parameters()}
+        for candidate in chosen:
+            if owner := in_full.get(id(candidate.weight)):
+                raise TargetError(
+                    f"modules_to_train trains the weight of {candidate.fqn} in full (by {owner}), "
+                    "which target_modules adapts; leave it out of one"
+                )
         patterns = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
         for name, pattern in (patterns | {"parts": self.parts}).items():
             for entry in pattern:

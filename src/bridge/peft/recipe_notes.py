@@ -9,6 +9,7 @@ from torch import nn
 from bridge.peft.branch.kinds.experts import is_attention
 from bridge.peft.branch.options import BranchOptions
 from bridge.peft.model.adapt import PlannedTokens
+from bridge.peft.model.encoder_fast_path import zeroes_padding
 from bridge.peft.model.pretrained import random_modules
 from bridge.peft.model.walk import some_names
 from bridge.peft.model.weight_reads import read_weights
@@ -62,6 +63,11 @@ def notes(
         yield (
             f"{some_names([*embeddings])}: an embedding's input is a token, of which dropout "
             "drops nothing; dropout_position='post' acts there"
+        )
+    if encoders := zeroes_padding(model, {c.module for c in chosen}):
+        yield (
+            f"{some_names(encoders)}: in evaluation torch gives zeros at padded positions there; "
+            "adapted it computes them as in training, so leave them out where you pool over tokens"
         )
     if passed:
         yield (

@@ -73,13 +73,27 @@ class TokenRows(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if f"{prefix}weight" in state_dict:
             self.is_set = not self.weight.is_meta
+            self.indices = self.indices_on(self.weight.device)
+
+    def indices_on(self, device: torch.device) -> Tensor:
+        """The tokens as a tensor, (count,)."""
+        return torch.tensor(self.tokens, device=device)
+
+    def follow(self, base: Tensor) -> None:
+        """Leave `meta`, in place, where the base has left it; the values are the base's own.
+
+        Args:
+            base: W.
+        """
+        if self.weight.is_meta and not base.is_meta:
+            self.to_empty(device=base.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `to_empty` after `meta` would leave whatever the memory held before.
         was_meta = self.weight.is_meta
         super()._apply(fn, recurse)
         if was_meta and not self.weight.is_meta:
-            self.indices = torch.tensor(self.tokens, device=self.weight.device)
+            self.indices = self.indices_on(self.weight.device)
             with torch.no_grad():
                 self.weight.fill_(torch.nan)
         return self
@@ -101,6 +115,7 @@ class WithTokenRows(nn.Module):
         unmerged_rows: The base's rows from before that, on the CPU, if they were kept.
     """
 
+    token_rows: TokenRows
     followed_rows: tuple[TokenRows] | None
     adapter_enabled: bool
     merged: bool
@@ -118,6 +133,7 @@ class WithTokenRows(nn.Module):
         assert isinstance(rows, TokenRows)
         if not rows.is_set:
             base = self.base_weight
+            rows.follow(base)
             rows.set_to(base.detach()[rows.indices] if not base.is_meta else base)
         return rows
 
@@ -159,6 +175,19 @@ class WithTokenRows(nn.Module):
         assert isinstance(self, nn.Linear)
         out = out if self.base_type.forward is nn.Linear.forward else out.clone()
         return projected(out, x, rows.weight, rows.indices, self.bias)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As `nn.Module.state_dict`; while merged without the rows, which the weight then holds."""
+        state = super().state_dict(*args, **kwargs)
+        if self.merged:
+            prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+            state.pop(f"{prefix}token_rows.weight", None)
+        return state
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.followed_rows is None and not self.base_weight.is_meta:
+            self.token_rows.follow(self.base_weight)  # before an optimizer takes them
 
     def extra_repr(self) -> str:
         """What `print(module)` shows."""

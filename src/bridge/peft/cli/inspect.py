@@ -10,6 +10,7 @@ import typer
 
 from bridge.peft.dtypes import dtype_name
 from bridge.peft.formats.peft import AdapterFile, read_adapter
+from bridge.peft.formats.peft.attention import in_model
 from bridge.peft.low_rank import norm
 from bridge.peft.model.walk import some_names
 from bridge.peft.natural_order import natural_key
@@ -30,7 +31,7 @@ def command(
 
     Example: bridge-peft inspect runs/demo
     """
-    report = describe(read_adapter(adapter))
+    report = describe(in_model(read_adapter(adapter)))
     if as_json:
         print(json.dumps(report, indent=2))
         return

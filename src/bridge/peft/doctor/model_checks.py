@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,9 +29,10 @@ from bridge.peft.merging.report import LOST
 from bridge.peft.merging.weight import merge_weight
 from bridge.peft.model.disable import disable_adapters
 from bridge.peft.model.participation import Watch
+from bridge.peft.model.trained_parameters import has_replaced, original_parameters
 from bridge.peft.model.walk import adapter_parameters
 from bridge.peft.ops.magnitude import row_squares
-from bridge.peft.parallel.fsdp import sharded_modules
+from bridge.peft.parallel.fsdp import reshard, sharded_modules
 from bridge.peft.tensors import all_finite, is_plain, is_sharded
 
 Layers = dict[str, LoRAMixin]
@@ -99,13 +100,21 @@ def _b_set_to(layers: Layers, value: str) -> Iterator[None]:
 
 
 @contextmanager
-def _token_rows_off(model: nn.Module) -> Iterator[None]:
-    """Within the context trained token rows, which have values from the start, take no part."""
+def _others_off(model: nn.Module) -> Iterator[None]:
+    """Within the context what is trained beside A and B, and is not zero at first, takes no part.
+
+    Token rows, and modules that are trained in full.
+    """
     modules = [m for m in model.modules() if isinstance(m, WithTokenRows)]
     for module in modules:
         module.adapter_enabled = False
+    if any(map(has_replaced, model.modules())):
+        reshard(model)
     try:
-        yield
+        with ExitStack() as stack:
+            for module in model.modules():
+                stack.enter_context(original_parameters(module))
+            yield
     finally:
         for module in modules:
             module.adapter_enabled = True
@@ -118,6 +127,7 @@ def _frozen(model: nn.Module, layers: Layers) -> Check:
     if idle:
         fix = "requires_grad_(True) on lora_a and lora_b of these modules"
         return Check(name, "fail", f"A or B is frozen in {some(idle, len(layers))}", fix)
+    own |= {id(p) for m in model.modules() if has_replaced(m) for p in m._parameters.values()}
     others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in own]
     if others:
         detail = f"{len(others)} base parameters are trained too (first: {others[0]})"
@@ -230,7 +240,7 @@ def _runs(
     watch = Watch(model, layers)
     try:
         with torch.no_grad(), _b_set_to(layers, "zero"):
-            with warnings.catch_warnings(), _token_rows_off(model):
+            with warnings.catch_warnings(), _others_off(model):
                 warnings.simplefilter("ignore")  # what the watch finds is this check's own result
                 with_branches = _first(model(**inputs))
             with disable_adapters(model):

@@ -26,6 +26,7 @@ from bridge.peft.finetune.ranks import process_count, process_index
 from bridge.peft.finetune.record import COMPLETE, checkpoints, incomplete
 from bridge.peft.formats.files.atomic import sync_directory
 from bridge.peft.formats.files.untrusted import TENSORS_NAME
+from bridge.peft.parallel.fsdp import reshard
 from bridge.peft.tensors import full_tensor, sharded_like
 
 STATE = "training_state.pt"
@@ -143,6 +144,7 @@ def _discard(directory: Path, aside: Path) -> None:
 
 def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
     """The parameters of an optimizer, by name, in the order of its state dict."""
+    reshard(model)  # after an evaluation FSDP2's outermost module still has gathered copies
     of_parameter = {id(parameter): name for name, parameter in model.named_parameters()}
     return [of_parameter[id(p)] for group in optimizer.param_groups for p in group["params"]]
 

@@ -28,6 +28,7 @@ from bridge.peft.merging.token_rows import (
 )
 from bridge.peft.merging.weight import merge_weight
 from bridge.peft.model.disable import check_kept
+from bridge.peft.model.encoder_fast_path import fit_encoders
 from bridge.peft.model.participation import takes_no_part
 from bridge.peft.model.quantisation import dense_while_merged, quantised_again
 from bridge.peft.model.trained_parameters import forget_tie
@@ -123,6 +124,7 @@ def merge(
             if layer.unmerged_weight is not None:
                 _restore(layer)
         raise
+    fit_encoders(unwrap(model))
     return MergeReport(tuple(rows), (*notes, *dense_while_merged(unwrap(model))))
 
 
@@ -148,6 +150,7 @@ def unmerge(model: nn.Module) -> None:
     for _, layer in merged:
         _restore(layer)
     quantised_again(unwrap(model))
+    fit_encoders(unwrap(model))
 
 
 def _untie(model: nn.Module, tied: Mapping[LoRAMixin, list[str]]) -> tuple[str, ...]:

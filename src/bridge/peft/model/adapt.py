@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
-from bridge.peft.branch.kinds.parameter_holder import patch_parameter
+from bridge.peft.branch.kinds.parameter_holder import ParameterHolder, patch_parameter
 from bridge.peft.branch.kinds.read_linear import hook_reader
 from bridge.peft.branch.mixin import LoRAMixin, Start
 from bridge.peft.branch.options import BranchOptions
@@ -158,7 +158,8 @@ def adapt_in_place(
         raise
     changed = [p.module for p in planned] + [m for p in tokens for m in (p.module, *p.followers)]
     for reader in {r for module in changed for r in read.get(module, ())}:
-        hook_reader(reader)
+        if not isinstance(reader, ParameterHolder):  # which tells by itself
+            hook_reader(reader)
     let_inputs_require_grad(model)
     keep_encoders_off_fast_path(model)
     prepare_pretrained(model)

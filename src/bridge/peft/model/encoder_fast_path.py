@@ -6,7 +6,7 @@ one fused kernel, which would leave the adapters out without a word.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,6 +36,50 @@ def keep_encoders_off_fast_path(model: nn.Module) -> None:
             name, closed = switch
             setattr(module, _SAVED, (name, getattr(module, name), closed))
             setattr(module, name, closed)
+
+
+def fit_encoders(model: nn.Module) -> None:
+    """Let encoders whose adapters are all merged take the fused path again, in place.
+
+    Args:
+        model: An adapted model.
+    """
+    for module in model.modules():
+        if _SAVED in vars(module):
+            name, opened, closed = vars(module)[_SAVED]
+            layers = [m for m in module.modules() if isinstance(m, LoRAMixin)]
+            setattr(module, name, opened if all(m.merged for m in layers) else closed)
+
+
+def passed_by_peft(model: nn.Module) -> list[str]:
+    """The modules whose branches PEFT's models leave out in evaluation: torch fuses its encoders.
+
+    Args:
+        model: An adapted model.
+    """
+    found = []
+    for fqn, module in model.named_modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and _SAVED in vars(module):
+            fuses = vars(module)[_SAVED][1] and module.self_attn.batch_first
+            if fuses and module.self_attn.in_proj_bias is not None:
+                found.append(fqn)
+    return found
+
+
+def zeroes_padding(model: nn.Module, chosen: Collection[nn.Module]) -> list[str]:
+    """The encoders that answer with zeros where their input is padded, until they are adapted.
+
+    Args:
+        model: A base model.
+        chosen: The modules to adapt.
+    """
+    return [
+        fqn or type(module).__name__
+        for fqn, module in model.named_modules()
+        if isinstance(module, nn.TransformerEncoder)
+        and module.use_nested_tensor
+        and not {*module.modules()}.isdisjoint(chosen)
+    ]
 
 
 @contextmanager

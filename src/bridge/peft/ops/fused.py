@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bridge.peft.errors import AdapterError
 from bridge.peft.ops.products import Branch, contract, contract_backward, expand_, expand_backward
+from bridge.peft.ops.ranks import NO_SECOND_DERIVATIVES
 from bridge.peft.ops.reference import lora_branch_reference, lora_linear_reference
 
 
@@ -175,8 +176,10 @@ def _differentiable(
 ) -> list[Tensor | None]:
     """Return the gradients by the reference formula, so that they can be differentiated again."""
     branch: Branch = ctx.branch
-    x, *_, lora_a, lora_b = inputs
-    assert lora_a is not None and lora_b is not None
+    x, lora_b = inputs[0], inputs[-1]
+    assert lora_b is not None
+    if branch.ranks.sum_a is not None or branch.ranks.sum_b is not None:
+        raise AdapterError(NO_SECOND_DERIVATIVES)
     if x is None:
         raise AdapterError(
             "second derivatives need the input, which is not kept where A is frozen; train A too "
@@ -186,8 +189,7 @@ def _differentiable(
     for mask in branch.masks(rows_of(x), lora_b)[:2]:
         if mask is not None:
             p, kept = 1.0 - mask.keep_probability, mask.whole().view(*x.shape[:-1], -1)
-    factors = branch.ranks.factors(lora_a, lora_b)
-    y = formula(*inputs[:-2], *factors, branch.scale, p, branch.position, kept)
+    y = formula(*inputs, branch.scale, p, branch.position, kept)
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
     grads = iter(torch.autograd.grad(y, wanted, dy.to(y.dtype), create_graph=True))
     return [next(grads) if need else None for need in needs]

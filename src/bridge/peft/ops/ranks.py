@@ -19,14 +19,6 @@ class GradientSum(Protocol):
         """
         ...
 
-    def differentiable(self, gradient: Tensor) -> Tensor:
-        """The sum, for second derivatives.
-
-        Args:
-            gradient: This rank's part.
-        """
-        ...
-
     def factor(self, factor: Tensor) -> Tensor:
         """The factor itself; autograd sums its gradient.
 
@@ -55,5 +47,10 @@ class Ranks(NamedTuple):
         return a, lora_b if self.sum_b is None else self.sum_b.factor(lora_b)
 
 
+#: What a second derivative is refused with where the ranks share a branch.
+NO_SECOND_DERIVATIVES = (
+    "second derivatives (create_graph=True) through a tensor-parallel layer are not computed: each "
+    "rank would see a part of them; compute them on one process, or shard with FSDP2"
+)
 #: A single process.
 ALONE = Ranks()

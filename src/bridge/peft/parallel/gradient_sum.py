@@ -9,6 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bridge.peft.errors import AdapterError
+from bridge.peft.ops.ranks import NO_SECOND_DERIVATIVES
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -38,8 +41,8 @@ class SumOverRanks:
 
         return finish
 
-    def differentiable(self, gradient: Tensor) -> Tensor:
-        """The sum by DTensor's own functions, which autograd and the compiler follow.
+    def traced(self, gradient: Tensor) -> Tensor:
+        """The sum by DTensor's own functions, which the compiler follows.
 
         Args:
             gradient: This rank's part.
@@ -66,6 +69,8 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return ctx.ranks.differentiable(gradient), None
+        if torch.compiler.is_compiling():
+            return ctx.ranks.traced(gradient), None
+        if torch.is_grad_enabled():
+            raise AdapterError(NO_SECOND_DERIVATIVES)
         return ctx.ranks.begin(gradient.clone())(), None

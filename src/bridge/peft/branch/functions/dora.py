@@ -180,8 +180,9 @@ class _Known:
 
     def of(self, base: Base, a: Tensor, *, may_ask: bool) -> tuple[Tensor, Tensor]:
         """|W|² by rows and W Aᵀ; `may_ask`: whether A's values may be looked at."""
-        # not as tensors of inference mode, which could not be saved for a later backward
-        with torch.inference_mode(False):
+        # not as tensors of inference mode, which could not be saved for a later backward; leaving
+        # that mode turns gradients on
+        with torch.inference_mode(False), torch.no_grad():
             own, dense = base.base_weight, None
             if not self._is_of(own):
                 dense = base.dense_weight()

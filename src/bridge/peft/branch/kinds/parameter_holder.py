@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from bridge.peft.branch.kinds.experts import (
     is_attention,
     parameter_refusal,
 )
+from bridge.peft.branch.kinds.read_linear import reading
 from bridge.peft.branch.mixin import Start
 from bridge.peft.branch.options import BranchOptions
 from bridge.peft.branch.untouched import check_untouched
@@ -100,7 +102,9 @@ class ParameterHolder(nn.Module):
         stack = _stack()
         stack.append((self, {}))
         try:
-            return super().forward(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+            # no hook tells the output projection: torch's encoders look for hooks
+            with reading() if is_attention(self) else nullcontext():
+                return super().forward(*args, **kwargs)  # pyright: ignore
         finally:
             stack.pop()
 

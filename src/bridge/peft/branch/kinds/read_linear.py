@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +19,16 @@ from bridge.peft.ops.dispatch import ComputePath
 READ = "other code reads its weight, which reads as W + s·B·A"
 #: How many readers run in this thread, one inside another.
 _running = threading.local()
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Within the context a reader runs in this thread."""
+    _running.depth = getattr(_running, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _running.depth -= 1
 
 
 def hook_reader(module: nn.Module) -> None:

@@ -26,6 +26,7 @@ from bridge.peft.formats.peft.names import choose_targets
 from bridge.peft.formats.peft.quantised_base import FIELD, quantised_groups
 from bridge.peft.formats.peft.saved_whole import whole_of
 from bridge.peft.formats.peft.target_parameters import choose_entries
+from bridge.peft.model.encoder_fast_path import passed_by_peft
 from bridge.peft.model.participation import check_still_adapted
 from bridge.peft.model.walk import (
     adapted_modules,
@@ -60,6 +61,7 @@ def adapter_of(model: nn.Module) -> AdapterFile:
     modules = [*linears, *whole_attentions]
     others = [fqn for fqn in base_modules(root) if fqn and fqn not in {*layers, *modules}]
     _warn_of_read(alone, output_head(root))
+    _warn_of_encoders(passed_by_peft(root))
     _warn_of_misread(misread_by_peft(root, linears))
     use_rslora, alphas = _scaling(layers)
     branches = {fqn: _branch(layer) for fqn, layer in layers.items()}
@@ -197,6 +199,16 @@ def _warn_of_read(layers: dict[str, LoRAMixin], head: nn.Module | None) -> None:
         warnings.warn(
             f"{some_names(moved)}: the model reads these weights past their linears, where PEFT's "
             "adapters have no effect; read the file with bridge.peft, or merge it",
+            stacklevel=4,
+        )
+
+
+def _warn_of_encoders(fqns: list[str]) -> None:
+    """Say whose branches PEFT leaves out in evaluation, where torch fuses the layers."""
+    if fqns:
+        warnings.warn(
+            f"{some_names(fqns)}: in evaluation torch hands these weights to a fused kernel, where "
+            "PEFT's adapters have no effect; read the file with bridge.peft, or merge it",
             stacklevel=4,
         )
 

@@ -184,6 +184,29 @@ def _with_routers(adapter: AdapterFile, names: Mapping[str, nn.Module]) -> Adapt
     )
 
 
+def matrices_as_linears(adapter: AdapterFile) -> AdapterFile:
+    """The adapter with parameters of one matrix, a router's, as the linears that they are.
+
+    Args:
+        adapter: As it was read.
+    """
+    moved = {
+        fqn: fqn.removesuffix(".weight")
+        for fqn in adapter.parameters
+        if fqn.endswith(".weight") and adapter.tensors[fqn][0].dim() == 2
+    }
+    names = ("exceptions", "base")
+    fields = {name: adapter.extra[name] for name in names if name in adapter.extra}
+    extra = {n: {moved.get(fqn, fqn): v for fqn, v in by.items()} for n, by in fields.items()}
+    return dataclasses.replace(
+        adapter,
+        extra=adapter.extra | extra,
+        tensors={moved.get(fqn, fqn): pair for fqn, pair in adapter.tensors.items()},
+        parameters=adapter.parameters - moved.keys(),
+        alphas=adapter.alphas | {new: adapter.alpha(old) for old, new in moved.items()},
+    )
+
+
 def _is_router(module: nn.Module) -> bool:
     """Whether a module is no linear and multiplies with a weight of its own."""
     is_linear = kind_of(type(module)) is not None or isinstance(module, LoRAMixin)
@@ -252,6 +275,7 @@ def separated(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
     Raises:
         AdapterError: The model's checkpoint does not hold a parameter's experts apart.
     """
+    adapter = matrices_as_linears(adapter)
     if not adapter.parameters:
         return adapter
     parts = parts_of(model)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -108,9 +110,12 @@ def load_adapter(
     reshard(root)
     if next(adapted_modules(root), None) is None:
         check_can_be_adapted(model)
-    adapter = in_order(placed(fused(in_model(read_adapter(directory)), root), root), root)
-    planned, present = plan_load(adapter, root, lora_dtype)
-    tokens = plan_tokens(adapter, root, lora_dtype)
+    with _told_together(root):
+        adapter = in_model(read_adapter(directory))
+    with _told_together(root):
+        adapter = in_order(placed(fused(adapter, root), root), root)
+        planned, present = plan_load(adapter, root, lora_dtype)
+        tokens = plan_tokens(adapter, root, lora_dtype)
     modules = {
         adapter.name_in_file(fqn): _with_weight(module, parameter) if parameter else module
         for fqn, module, _, parameter in planned
@@ -129,6 +134,27 @@ def load_adapter(
         adapt_in_place(root, branches, tokens=tokens)
     replace_parameters(root, whole, adapter.frozen)
     return model
+
+
+@contextmanager
+def _told_together(model: nn.Module) -> Iterator[None]:
+    """Raise an error of any rank inside on all of them, if the model is sharded.
+
+    What follows is collective then: the others would wait for a rank that has left.
+    """
+    error: AdapterError | None = None
+    try:
+        yield
+    except AdapterError as raised:
+        error = raised
+    if any(map(is_sharded, model.parameters())):
+        said: list[str | None] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(said, None if error is None else str(error))
+        failed = [rank for rank, words in enumerate(said) if words is not None]
+        if failed and error is None:
+            raise AdapterFileError(f"rank {failed[0]}: {said[failed[0]]}")
+    if error is not None:
+        raise error
 
 
 def _values(adapter: AdapterFile, fqn: str) -> tuple[Tensor, ...]:

@@ -74,6 +74,8 @@ def whole_of(
             modules[fqn] = module
     _warn_of_frozen(found, trained_whole(model))
     fields: dict[str, Any] = {} if bias == "none" else {"bias": bias}
+    # what is inside another one is saved with it; PEFT cannot replace both
+    modules = {f: m for f, m in modules.items() if not any(f.startswith(f"{o}.") for o in modules)}
     if modules:
         for fqn, module in modules.items():
             _check_can_be_saved(fqn, module, adapted)

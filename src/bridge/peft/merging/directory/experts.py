@@ -13,7 +13,8 @@ from torch import nn
 from bridge.peft.errors import AdapterError
 from bridge.peft.formats.model_directory import Checkpoint
 from bridge.peft.formats.peft import AdapterFile
-from bridge.peft.formats.peft.experts import separated
+from bridge.peft.formats.peft.experts import matrices_as_linears, separated
+from bridge.peft.formats.peft.keys import config_name
 
 
 def experts_apart(checkpoint: Checkpoint, adapter: AdapterFile) -> AdapterFile:
@@ -30,14 +31,20 @@ def experts_apart(checkpoint: Checkpoint, adapter: AdapterFile) -> AdapterFile:
         AdapterError: The checkpoint holds a stack of experts as one tensor, or the class is not at
             hand.
     """
+    in_python = "load the model and the adapter in Python, merge(model) and save_pretrained"
+    if attention := [fqn for fqn in adapter.tensors if config_name(fqn) != fqn]:
+        raise AdapterError(
+            f"{config_name(attention[0])} is an attention of torch, which is not merged on disk; "
+            f"{in_python}"
+        )
+    adapter = matrices_as_linears(adapter)
     if not adapter.parameters:
         return adapter
     first = min(adapter.parameters)
-    in_python = "load the model and the adapter in Python, merge(model) and save_pretrained"
     if first in checkpoint.entries():
         raise AdapterError(
-            f"{first} is one tensor of several matrices in the checkpoint, which is not merged on "
-            f"disk; {in_python}"
+            f"{first} is a parameter in the checkpoint too, and no linear's, which is not merged "
+            f"on disk; {in_python}"
         )
     model = _on_meta(checkpoint.config)
     if model is None:

@@ -174,3 +174,10 @@ def test_the_parts_of_all_processes_are_the_batch_of_one(samples):
     assert sorted(index for batch in whole for index in batch) == list(range(samples))
     first = list(GlobalBatches(samples, 8, part=0, parts=1, seed=3))
     assert first != list(whole)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tokens_are_counted_as_on_one_process(layout, runs):
+    mine, one = (json.loads((runs / n / "metrics.json").read_text()) for n in (layout, "one"))
+    assert mine["tokens"] == one["tokens"]

@@ -23,7 +23,7 @@ from bridge.peft.branch.untouched import check_untouched
 from bridge.peft.dtypes import TRAINABLE_DTYPES
 from bridge.peft.errors import UnsupportedLinearError
 from bridge.peft.ops.token_rows import looked_up, projected, replaced_rows_reference
-from bridge.peft.tensors import is_plain
+from bridge.peft.tensors import is_plain, is_sharded
 
 #: What this adds to a module, which must be free before.
 _ATTRIBUTES = ("token_rows", "followed_rows", "adapter_enabled", "merged", "unmerged_rows")
@@ -207,8 +207,13 @@ def token_rows_refusal(module: nn.Module, *, leads: bool) -> str | None:
         return "its forward rescales rows of its weight in place (max_norm)"
     check_untouched(module)
     weight = module._parameters.get("weight")
+    if is_sharded(weight):
+        return (
+            "its weight is sharded; adapt the model first and shard it then (finetune: --parallel "
+            "ddp or fsdp)"
+        )
     if weight is None or not is_plain(weight) or weight.dtype not in TRAINABLE_DTYPES:
-        return "its weight is quantised, sharded or computed from others"
+        return "its weight is quantised or computed from others; leave its tokens out"
     if taken := [name for name in _ATTRIBUTES if hasattr(module, name)]:
         return f"its own attribute {taken[0]!r} would be overwritten"
     return None

@@ -124,6 +124,12 @@ class AdapterTrainer(SFTTrainer):
         """This process's part of the evaluation data."""
         return self._loader(self.eval_dataset, seed=None)
 
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """As Trainer's; the tokens of a blank sample are none."""
+        if not targets(inputs["labels"]):
+            inputs = {**inputs, "attention_mask": torch.zeros_like(inputs["input_ids"])}
+        super()._track_num_input_tokens(inputs)
+
     def evaluation_loop(
         self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:

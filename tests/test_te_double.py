@@ -70,9 +70,9 @@ class TestOnTheDouble(TELinearContract):
         assert "parameters_split" in skipped.reason
 
     def test_the_recipe_and_the_adapter_file_leave_extra_state_alone(self, te):
-        lora = importlib.import_module("bridge.peft.lora")
+        peft = importlib.import_module("bridge.peft")
         model = nn.Sequential(te.Linear(4, 4), nn.Linear(4, 4))
-        lora.LoRA(dim=2)(model)
-        assert set(lora.adapter_state_dict(model)) == {
+        peft.LoRA(dim=2)(model)
+        assert set(peft.adapter_state_dict(model)) == {
             f"{i}.lora_{x}.weight" for i in (0, 1) for x in "ab"
         }

@@ -8,8 +8,7 @@ them. No update of a whole weight is formed: a token pays for its own expert's t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import repeat
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -147,17 +146,13 @@ class LoRAGroupedFunction(torch.autograd.Function):
         # the transpose of `left` has the layout of A
         d_left = None if x is None else torch.zeros_like(left.mT)
         d_right = torch.zeros_like(right)
-        rows = (dy, h, x, dx)
-        stacks = (left, right, d_left, d_right)
-        for branch, own, matrices in _groups(ends, ctx.branch, rows, stacks):
-            (dy_, h_, x_, dx_), (left_, right_, d_left_, d_right_) = own, matrices
-            a = left_.t()
-            pre, post, s = branch.masks(_rows_like(dy_, a), right_.t())
-            dh, d_b = expand_backward(dy_, h_, right_, s, post)
-            d_a = contract_backward(x_, dh, a, s, pre, dx_)
-            d_right_.copy_(d_b)
-            if d_a is not None:
-                d_left_.copy_(d_a)
+        for e, rows, branch in _groups(ends, ctx.branch):
+            a, d_rows = left[e].t(), None if dx is None else dx[rows]
+            pre, post, s = branch.masks(_rows_like(dy[rows], a), right[e].t())
+            dh, d_right[e] = expand_backward(dy[rows], h[rows], right[e], s, post)
+            d_a = contract_backward(None if x is None else x[rows], dh, a, s, pre, d_rows)
+            if d_left is not None and d_a is not None:
+                d_left[e] = d_a
         return dx, None, None if d_left is None else d_left.mT, d_right, None, None, None
 
 
@@ -178,36 +173,19 @@ def grouped_forward(
     """Return `LoRAGroupedFunction`'s y, (tokens, out_features), and h, (tokens, dim)."""
     y = product(x, weight, offs=ends)
     h = left.new_empty(x.shape[0], left.shape[-1])
-    rows, stacks = (x, y, h), (left, right)
-    for own, (x_, y_, h_), (left_, right_) in _groups(ends, branch, rows, stacks):
-        pre, post, s = own.masks(x_, right_.t())
-        h_.copy_(contract(x_, left_.t(), pre))
-        expand_(y_, h_, right_, s, post)
+    for e, rows, own in _groups(ends, branch):
+        x_ = x[rows]
+        pre, post, s = own.masks(x_, right[e].t())
+        h[rows] = contract(x_, left[e].t(), pre)
+        expand_(y[rows], h[rows], right[e], s, post)
     return y, h
 
 
-def _groups(
-    ends: Tensor,
-    branch: Branch,
-    rows: Sequence[Tensor | None],
-    stacks: Sequence[Tensor | None],
-) -> Iterator[tuple[Branch, tuple[Any, ...], tuple[Any, ...]]]:
-    """Each expert that has tokens: its branch, with a seed of its own, its rows and its matrices.
-
-    All are cut at once, which costs less than expert by expert.
-
-    Args:
-        ends: Where each expert's rows end.
-        branch: The branch of the call.
-        rows: Tensors of all tokens, those of no expert last; None stays None.
-        stacks: Tensors with a matrix an expert.
-    """
-    places = ends.tolist()
-    counts = [end - start for start, end in zip([0, *places[:-1]], places, strict=True)]
-    cut = [repeat(None) if t is None else t[: places[-1]].split(counts) for t in rows]
-    matrices = [repeat(None) if t is None else t.unbind() for t in stacks]
-    parts = zip(counts, zip(*cut, strict=False), zip(*matrices, strict=False), strict=False)
-    for e, (count, own_rows, own_matrices) in enumerate(parts):
-        if count:
+def _groups(ends: Tensor, branch: Branch) -> Iterator[tuple[int, slice, Branch]]:
+    """Each expert that has tokens, its rows, and its branch with a seed of its own."""
+    start = 0
+    for e, end in enumerate(ends.tolist()):
+        if end > start:
             own = branch if branch.seed is None else branch._replace(seed=branch.seed ^ e)
-            yield own, own_rows, own_matrices
+            yield e, slice(start, end), own
+        start = end

@@ -245,6 +245,20 @@ def test_biases_beside_it_are_saved_under_peft_s_names(tmp_path):
     torch.testing.assert_close(kind.run(theirs), kind.run(model.eval()), rtol=1e-5, atol=1e-5)
 
 
+def test_a_module_that_is_called_base_layer_is_no_attention_of_peft_s(tmp_path):
+    def wrapped():
+        torch.manual_seed(0)
+        inner = nn.ModuleDict({"out_proj": nn.Linear(8, 8), "other": nn.Linear(8, 8)})
+        return nn.ModuleDict({"mixer": nn.ModuleDict({"base_layer": inner})})
+
+    ranks = {"out_proj": 2}
+    model = moved(LoRA(target_modules="all-linear", dim=4, rank_pattern=ranks)(wrapped()))
+    save_adapter(model, tmp_path)
+    again = load_adapter(wrapped(), tmp_path)
+    for name, tensor in adapter_state_dict(model).items():
+        assert torch.equal(adapter_state_dict(again)[name], tensor), name
+
+
 def test_a_damaged_file_is_refused(tmp_path):
     kind = KINDS["MultiheadAttention"]
     save_adapter(moved(LoRA(**kind.ours)(kind.base())), tmp_path)
@@ -275,6 +289,9 @@ def test_an_encoder_that_zeroes_padding_says_so_and_is_itself_again_when_it_is_m
         with disable_adapters(model):
             assert torch.equal(model(X, src_key_padding_mask=mask), base)
         merge(model)
+        assert torch.equal(model(X, src_key_padding_mask=mask), base)
+        with disable_adapters(model):
+            assert torch.equal(model(X, src_key_padding_mask=mask), base)
         assert torch.equal(model(X, src_key_padding_mask=mask), base)
         unmerge(model)
         assert torch.equal(model(X, src_key_padding_mask=mask), out)

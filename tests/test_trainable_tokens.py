@@ -402,5 +402,7 @@ def test_merged_they_leave_no_trace_in_the_checkpoint():
     before = model.state_dict().keys()
     merge(model)
     assert model.state_dict().keys() == parts.build(models.llama).state_dict().keys()
+    with pytest.raises(RuntimeError, match="embed_tokens is merged: loading now would be undone"):
+        model.load_state_dict(parts.build(models.llama).state_dict(), strict=False)
     unmerge(model)
     assert model.state_dict().keys() == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +14,33 @@ _LORA_KEYS = (
     *("lora_a.weight", "lora_b.weight", "lora_magnitude.weight"),
     *("lora_start.a", "lora_start.b"),
 )
+
+
+def without(state: Any, names: Iterable[str], *args: Any, **kwargs: Any) -> Any:
+    """A state dict without some of a module's own entries, in place.
+
+    Args:
+        state: As `state_dict` of the module answers.
+        names: The entries' names below the module.
+        *args: Those of `state_dict`.
+        **kwargs: Likewise.
+    """
+    prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+    for name in names:
+        state.pop(prefix + name, None)
+    return state
+
+
+def loading_while_merged(prefix: str) -> str:
+    """What loading into a merged module is refused with.
+
+    Args:
+        prefix: The module's, as `_load_from_state_dict` gets it.
+    """
+    return (
+        f"{prefix.rstrip('.') or 'module'} is merged: loading now would be undone or doubled by "
+        "unmerge; call unmerge(model) first"
+    )
 
 
 class KeepsState(CarriesFunctions):
@@ -41,21 +69,14 @@ class KeepsState(CarriesFunctions):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As `nn.Module.state_dict`; while merged without A and B, which the weight then holds."""
         state = super().state_dict(*args, **kwargs)
-        if self.merged:
-            prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
-            for key in _LORA_KEYS:
-                state.pop(prefix + key, None)
-        return state
+        return without(state, _LORA_KEYS, *args, **kwargs) if self.merged else state
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         error_msgs: list[str] = args[4] if len(args) > 4 else kwargs["error_msgs"]
         if self.merged:
-            error_msgs.append(
-                f"{prefix.rstrip('.') or 'module'} is merged: loading now would be undone or "
-                "doubled by unmerge; call unmerge(model) first"
-            )
+            error_msgs.append(loading_while_merged(prefix))
             return
         follows = self.magnitude_is_the_base_s() and f"{prefix}weight" in state_dict
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

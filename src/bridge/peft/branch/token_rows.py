@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bridge.peft.branch.kinds.embedding import lookup_of
 from bridge.peft.branch.kinds.read_linear import is_being_read
 from bridge.peft.branch.patch import show_forward
+from bridge.peft.branch.state import loading_while_merged, without
 from bridge.peft.branch.untouched import check_untouched
 from bridge.peft.dtypes import TRAINABLE_DTYPES
 from bridge.peft.errors import UnsupportedLinearError
@@ -179,13 +180,16 @@ class WithTokenRows(nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As `nn.Module.state_dict`; while merged without the rows, which the weight then holds."""
         state = super().state_dict(*args, **kwargs)
-        if self.merged:
-            prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
-            state.pop(f"{prefix}token_rows.weight", None)
-        return state
+        return without(state, ["token_rows.weight"], *args, **kwargs) if self.merged else state
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if self.merged:
+            error_msgs: list[str] = args[4] if len(args) > 4 else kwargs["error_msgs"]
+            error_msgs.append(loading_while_merged(prefix))
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self.followed_rows is None and not self.base_weight.is_meta:
             self.token_rows.follow(self.base_weight)  # before an optimizer takes them
 

@@ -52,18 +52,23 @@ def fit_encoders(model: nn.Module) -> None:
 
 
 def passed_by_peft(model: nn.Module) -> list[str]:
-    """The modules whose branches PEFT's models leave out in evaluation: torch fuses its encoders.
+    """The encoder layers that PEFT's models compute without their branches in evaluation.
+
+    torch fuses such a layer then. Branches that are zero are no loss.
 
     Args:
         model: An adapted model.
     """
-    found = []
-    for fqn, module in model.named_modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and _SAVED in vars(module):
-            fuses = vars(module)[_SAVED][1] and module.self_attn.batch_first
-            if fuses and module.self_attn.in_proj_bias is not None:
-                found.append(fqn)
-    return found
+    return [
+        fqn
+        for fqn, module in model.named_modules()
+        if isinstance(module, nn.TransformerEncoderLayer)
+        and _SAVED in vars(module)
+        and vars(module)[_SAVED][1]  # an activation that the fused kernel knows
+        and module.self_attn.batch_first
+        and module.self_attn.in_proj_bias is not None
+        and any(isinstance(m, LoRAMixin) and not m.is_zero() for m in module.modules())
+    ]
 
 
 def zeroes_padding(model: nn.Module, chosen: Collection[nn.Module]) -> list[str]:
@@ -92,9 +97,10 @@ def encoder_fast_path(module: nn.Module) -> Iterator[None]:
     if _SAVED not in vars(module):
         yield
         return
-    name, opened, closed = vars(module)[_SAVED]
+    name, opened, _ = vars(module)[_SAVED]
+    before = getattr(module, name)  # open already where all is merged
     setattr(module, name, opened)
     try:
         yield
     finally:
-        setattr(module, name, closed)
+        setattr(module, name, before)

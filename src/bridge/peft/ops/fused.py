@@ -71,11 +71,7 @@ class LoRAAddFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:4]
         if torch.is_grad_enabled():
             inputs = (x, lora_a, lora_b)
-            return (
-                dy,
-                *_differentiable(lora_branch_reference, inputs, needs, dy, ctx),
-                None,
-            )
+            return dy, *_differentiable(lora_branch_reference, inputs, needs, dy, ctx), None
         rows, dy_rows = None if x is None else rows_of(x), rows_of(dy).contiguous()
         like = _stand_in(dy_rows, lora_a)
         zeros = functools.partial(torch.zeros, like.shape, dtype=ctx.x_dtype, device=like.device)

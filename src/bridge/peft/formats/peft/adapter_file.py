@@ -89,8 +89,9 @@ class AdapterFile:
     @cached_property
     def _alphas(self) -> dict[str, float]:
         pattern, default = self.parsed.alpha_pattern, self.parsed.lora_alpha
-        names = {fqn: config_name(self.name_in_file(fqn)) for fqn in self.tensors}
-        found = {fqn: pattern.value(name, default) for fqn, name in names.items()}
+        names = {fqn: self.name_in_file(fqn) for fqn in self.tensors}
+        in_file = {*names.values()}
+        found = {f: pattern.value(config_name(n, in_file), default) for f, n in names.items()}
         return found | self.alphas
 
     @property

@@ -101,7 +101,7 @@ def in_model(adapter: AdapterFile) -> AdapterFile:
     found = {
         name: (f"{name}.{IN_PROJECTION}", f"{name}.{OUT_PROJECTION}")
         for fqn in adapter.tensors
-        if (name := config_name(fqn)) != fqn and name in adapter.tensors
+        if (name := config_name(fqn, adapter.tensors)) != fqn
     }
     if not found:
         return adapter

@@ -29,10 +29,11 @@ def check_adapter(adapter: AdapterFile) -> None:
             raise AdapterFileError(f"{fqn[:80]!r} is not a module's name; save the adapter again")
         if fqn in adapter.parameters:  # checked when they were taken apart
             continue
-        _check_shapes(parsed, fqn, a, b)
+        name = config_name(fqn, adapter.tensors)
+        _check_shapes(fqn, parsed.rank_pattern.value(name, parsed.r), a, b)
         _check_rows(adapter, fqn, b)
         _check_magnitude(parsed, fqn, adapter.magnitudes.get(fqn), b)
-        if parsed.target_modules is not None and not parsed.is_target(config_name(fqn)):
+        if parsed.target_modules is not None and not parsed.is_target(name):
             raise AdapterFileError(
                 f"the file has tensors for {fqn}, which target_modules does not match; save the "
                 "adapter again"
@@ -65,8 +66,7 @@ def _check_rows(adapter: AdapterFile, fqn: str, b: Tensor) -> None:
         )
 
 
-def _check_shapes(config: PeftConfig, fqn: str, a: Tensor, b: Tensor) -> None:
-    rank = config.rank_pattern.value(config_name(fqn), config.r)
+def _check_shapes(fqn: str, rank: int, a: Tensor, b: Tensor) -> None:
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != rank or b.shape[1] != rank:
         raise AdapterFileError(
             f"{fqn}: the config gives it rank {rank}, the file A {tuple(a.shape)} and B "

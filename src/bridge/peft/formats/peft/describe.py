@@ -16,12 +16,11 @@ from bridge.peft.branch.mixin import LoRAMixin
 from bridge.peft.branch.token_rows import WithTokenRows
 from bridge.peft.errors import AdapterError
 from bridge.peft.formats.peft.adapter_file import AdapterFile
-from bridge.peft.formats.peft.attention import attentions, in_file, names_in_file
+from bridge.peft.formats.peft.attention import attentions, in_file
 from bridge.peft.formats.peft.config import alpha_for, new_config, scale_of
 from bridge.peft.formats.peft.experts import misread_by_peft
 from bridge.peft.formats.peft.fingerprint import fingerprint
 from bridge.peft.formats.peft.kernels import kernel_of
-from bridge.peft.formats.peft.keys import config_name
 from bridge.peft.formats.peft.names import choose_targets
 from bridge.peft.formats.peft.quantised_base import FIELD, quantised_groups
 from bridge.peft.formats.peft.saved_whole import whole_of
@@ -54,15 +53,28 @@ def adapter_of(model: nn.Module) -> AdapterFile:
     check_still_adapted(root)
     layers = _layers(root)
     whole_attentions = attentions(layers)
-    in_attentions = names_in_file(whole_attentions)
-    alone = {fqn: layer for fqn, layer in layers.items() if fqn not in in_attentions}
+    # by which name the config means each branch
+    means = {fqn: fqn for fqn in layers}
+    means |= {fqn: name for name, pair in whole_attentions.items() for fqn in pair}
+    alone = {fqn: layer for fqn, layer in layers.items() if means[fqn] == fqn}
     parameters = [fqn for fqn, layer in alone.items() if isinstance(layer, ParameterBranch)]
     linears = {fqn: layer for fqn, layer in alone.items() if fqn not in parameters}
     modules = [*linears, *whole_attentions]
     others = [fqn for fqn in base_modules(root) if fqn and fqn not in {*layers, *modules}]
-    _warn_of_read(alone, output_head(root))
-    _warn_of_encoders(passed_by_peft(root))
-    _warn_of_misread(misread_by_peft(root, linears))
+    _warn(
+        _moved(alone, output_head(root)),
+        "the model reads these weights past their linears, where PEFT's adapters have no effect",
+    )
+    _warn(
+        passed_by_peft(root),
+        "in evaluation torch hands these weights to a fused kernel, where PEFT's adapters have no "
+        "effect",
+    )
+    _warn(
+        misread_by_peft(root, linears),
+        "PEFT takes linears of these names for the experts' in this architecture, and cannot read "
+        "them",
+    )
     use_rslora, alphas = _scaling(layers)
     branches = {fqn: _branch(layer) for fqn, layer in layers.items()}
     common = Counter(tuple(b.items()) for b in branches.values()).most_common(1)[0][0]
@@ -88,8 +100,8 @@ def adapter_of(model: nn.Module) -> AdapterFile:
         indices = {fqn: list(module.rows.tokens) for fqn, module in tokens.items()}
         fields["trainable_token_indices"] = indices
     config = new_config(
-        {config_name(in_attentions.get(f, f)): file_rank(m) for f, m in layers.items()},
-        {config_name(in_attentions.get(f, f)): alpha for f, alpha in alphas.items()},
+        {means[fqn]: file_rank(layer) for fqn, layer in layers.items()},
+        {means[fqn]: alpha for fqn, alpha in alphas.items()},
         choose_targets(modules, others) if modules else [],
         lora_dropout=dropout,
         use_rslora=use_rslora,
@@ -192,33 +204,17 @@ def _magnitudes(layers: dict[str, LoRAMixin]) -> dict[str, Tensor]:
     return {fqn: m for fqn, layer in layers.items() if (m := layer.whole_magnitude()) is not None}
 
 
-def _warn_of_read(layers: dict[str, LoRAMixin], head: nn.Module | None) -> None:
-    """Say which branches other readers of the file leave out: they know no weight that is read."""
+def _moved(layers: dict[str, LoRAMixin], head: nn.Module | None) -> list[str]:
+    """The read linears whose branches are not zero; the head is read by losses alone."""
     read = [f for f, m in layers.items() if isinstance(m, ReadLinearAdapter) and m is not head]
-    if moved := [fqn for fqn in read if not layers[fqn].is_zero()]:
-        warnings.warn(
-            f"{some_names(moved)}: the model reads these weights past their linears, where PEFT's "
-            "adapters have no effect; read the file with bridge.peft, or merge it",
-            stacklevel=4,
-        )
+    return [fqn for fqn in read if not layers[fqn].is_zero()]
 
 
-def _warn_of_encoders(fqns: list[str]) -> None:
-    """Say whose branches PEFT leaves out in evaluation, where torch fuses the layers."""
+def _warn(fqns: list[str], reason: str) -> None:
+    """Say which branches other readers of the file leave out, and why."""
     if fqns:
         warnings.warn(
-            f"{some_names(fqns)}: in evaluation torch hands these weights to a fused kernel, where "
-            "PEFT's adapters have no effect; read the file with bridge.peft, or merge it",
-            stacklevel=4,
-        )
-
-
-def _warn_of_misread(fqns: list[str]) -> None:
-    """Say which branches PEFT leaves out of this architecture."""
-    if fqns:
-        warnings.warn(
-            f"{some_names(fqns)}: PEFT takes linears of these names for the experts' in this "
-            "architecture, and cannot read them; read the file with bridge.peft, or merge it",
+            f"{some_names(fqns)}: {reason}; read the file with bridge.peft, or merge it",
             stacklevel=4,
         )
 

@@ -30,7 +30,6 @@ from bridge.peft.formats.peft.config import PeftConfig, alpha_for
 from bridge.peft.formats.peft.describe import file_rank
 from bridge.peft.formats.peft.extra import branch_settings
 from bridge.peft.formats.peft.kernels import kernel_of
-from bridge.peft.formats.peft.keys import config_name
 from bridge.peft.formats.peft.names import common_part, ends_in
 from bridge.peft.formats.peft.saved_whole import check_whole
 from bridge.peft.model.adapt import PlannedTokens
@@ -206,8 +205,9 @@ def _check_targets(adapter: AdapterFile, names: Mapping[str, nn.Module], root: n
         )
     entries = adapter.parsed.target_parameters
     matched |= {fqn for fqn in held if ends_in(fqn, entries)}
-    # an attention that is meant as a whole has its branches under other names
-    matched -= {config_name(adapter.name_in_file(fqn)) for fqn in adapter.names_in_file}
+    # a module of a parameter that the file has under another name, an attention's or a router's
+    moved = adapter.parameters & adapter.names_in_file.keys()
+    matched -= {fqn.rpartition(".")[0] for fqn in moved}
     # a file of an inner model says nothing of the modules beside that one
     part = common_part(adapter.names_in_file.keys() - adapter.alphas.keys())
     without = sorted(fqn for fqn in matched - adapter.tensors.keys() if fqn.startswith(part))

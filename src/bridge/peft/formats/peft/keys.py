@@ -15,7 +15,7 @@ Keys are cut at their ends only, so modules may be called `lora_A`, `weight` or 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -59,13 +59,15 @@ _TOKEN_LEVELS = (".token_adapter.base_layer.", ".token_adapter.", ".original_mod
 _COPY, _ORIGINAL = ".modules_to_save.", ".original_module."
 
 
-def config_name(fqn: str) -> str:
+def config_name(fqn: str, adapted: Container[str]) -> str:
     """The name by which a config means a module: for an attention's output, the attention's.
 
     Args:
         fqn: The module's name in the keys.
+        adapted: All such names; an attention's output is never adapted without its input.
     """
-    return fqn.removesuffix(ATTENTION_OUTPUT)
+    attention = fqn.removesuffix(ATTENTION_OUTPUT)
+    return attention if attention in adapted else fqn
 
 
 class Halves:

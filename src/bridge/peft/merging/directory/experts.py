@@ -32,10 +32,10 @@ def experts_apart(checkpoint: Checkpoint, adapter: AdapterFile) -> AdapterFile:
             hand.
     """
     in_python = "load the model and the adapter in Python, merge(model) and save_pretrained"
-    if attention := [fqn for fqn in adapter.tensors if config_name(fqn) != fqn]:
+    names = {fqn: config_name(fqn, adapter.tensors) for fqn in adapter.tensors}
+    if attentions := [name for fqn, name in names.items() if name != fqn]:
         raise AdapterError(
-            f"{config_name(attention[0])} is an attention of torch, which is not merged on disk; "
-            f"{in_python}"
+            f"{attentions[0]} is an attention of torch, which is not merged on disk; {in_python}"
         )
     adapter = matrices_as_linears(adapter)
     if not adapter.parameters:
